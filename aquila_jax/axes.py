@@ -1,0 +1,176 @@
+"""The one vocabulary: axis names, and for every parameter the axes it has, reads and writes.
+
+Sharding, growth, initialisation and conversion are all tables keyed by these names, so a new
+parameter is described once, here.
+
+Dimension letters, used in einsums and as suffixes of array names everywhere:
+
+====  ===================  ====  ==============================
+B     batch                F     mlp (hidden units of the MLP)
+T     tokens               E     experts
+D     embed (residual)     C     capacity (slots of an expert)
+N     query heads          V     vocabulary
+K     key/value heads      L     layers
+G     query heads a group  H     head dim
+====  ===================  ====  ==============================
+
+The query-head axis is group-major: flat head n is head n % G of group n // G.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from aquila_jax.config import ModelConfig
+
+BATCH = "batch"
+TOKENS = "tokens"
+EMBED = "embed"
+Q_HEADS = "q_heads"
+KV_HEADS = "kv_heads"
+HEAD_DIM = "head_dim"
+MLP = "mlp"
+EXPERTS = "experts"
+VOCAB = "vocab"
+LAYERS = "layers"
+
+# Axes that stack equal things: neither read nor written by a matrix.
+STACK_AXES = (LAYERS, EXPERTS)
+
+_SIZES: Mapping[str, Callable[[ModelConfig], int]] = {
+    EMBED: lambda config: config.embed_dim,
+    Q_HEADS: lambda config: config.num_heads,
+    KV_HEADS: lambda config: config.num_kv_heads,
+    HEAD_DIM: lambda config: config.head_dim,
+    MLP: lambda config: config.mlp_dim,
+    EXPERTS: lambda config: config.num_experts,
+    VOCAB: lambda config: config.vocab_size,
+    LAYERS: lambda config: config.num_layers,
+}
+
+
+def axis_size(config: ModelConfig, axis: str) -> int:
+    """How long `axis` is in parameters of `config`."""
+    return _SIZES[axis](config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """What one parameter is made of.
+
+    Attributes:
+        axes: one axis name for every dimension.
+        reads: the axes contracted with the parameter's input.
+        writes: the axes of the parameter's output.
+        is_gain: whether it multiplies a normalised vector channel by channel.
+    """
+
+    axes: tuple[str, ...]
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    is_gain: bool = False
+
+    def shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """The parameter's shape in a model of `config`."""
+        return tuple(axis_size(config, axis) for axis in self.axes)
+
+    def fan_in(self, config: ModelConfig) -> int:
+        """Elements of the input that one output is a sum over; 1 for biases and gains."""
+        return math.prod(axis_size(config, axis) for axis in self.reads)
+
+
+def _gain(*axes: str) -> Parameter:
+    return Parameter(axes, is_gain=True)
+
+
+_TRUNK = {
+    "token_embedder/embedding": Parameter((VOCAB, EMBED), (VOCAB,), (EMBED,)),
+    "layers/pre_attention_norm/scale": _gain(LAYERS, EMBED),
+    "layers/attention/query": Parameter(
+        (LAYERS, EMBED, Q_HEADS, HEAD_DIM), (EMBED,), (Q_HEADS, HEAD_DIM)
+    ),
+    "layers/attention/key": Parameter(
+        (LAYERS, EMBED, KV_HEADS, HEAD_DIM), (EMBED,), (KV_HEADS, HEAD_DIM)
+    ),
+    "layers/attention/value": Parameter(
+        (LAYERS, EMBED, KV_HEADS, HEAD_DIM), (EMBED,), (KV_HEADS, HEAD_DIM)
+    ),
+    "layers/attention/out": Parameter(
+        (LAYERS, Q_HEADS, HEAD_DIM, EMBED), (Q_HEADS, HEAD_DIM), (EMBED,)
+    ),
+    "layers/pre_mlp_norm/scale": _gain(LAYERS, EMBED),
+    "final_norm/scale": _gain(EMBED),
+}
+_QKV_BIAS = {
+    "layers/attention/query_bias": Parameter(
+        (LAYERS, Q_HEADS, HEAD_DIM), writes=(Q_HEADS, HEAD_DIM)
+    ),
+    "layers/attention/key_bias": Parameter(
+        (LAYERS, KV_HEADS, HEAD_DIM), writes=(KV_HEADS, HEAD_DIM)
+    ),
+    "layers/attention/value_bias": Parameter(
+        (LAYERS, KV_HEADS, HEAD_DIM), writes=(KV_HEADS, HEAD_DIM)
+    ),
+}
+_DENSE_MLP = {
+    "layers/mlp/gate": Parameter((LAYERS, EMBED, MLP), (EMBED,), (MLP,)),
+    "layers/mlp/up": Parameter((LAYERS, EMBED, MLP), (EMBED,), (MLP,)),
+    "layers/mlp/down": Parameter((LAYERS, MLP, EMBED), (MLP,), (EMBED,)),
+}
+_EXPERTS = {
+    "layers/moe/router": Parameter((LAYERS, EMBED, EXPERTS), (EMBED,), (EXPERTS,)),
+    "layers/moe/gate": Parameter((LAYERS, EXPERTS, EMBED, MLP), (EMBED,), (MLP,)),
+    "layers/moe/up": Parameter((LAYERS, EXPERTS, EMBED, MLP), (EMBED,), (MLP,)),
+    "layers/moe/down": Parameter((LAYERS, EXPERTS, MLP, EMBED), (MLP,), (EMBED,)),
+}
+_HEAD = {"lm_head/kernel": Parameter((EMBED, VOCAB), (EMBED,), (VOCAB,))}
+
+
+def parameters(config: ModelConfig) -> dict[str, Parameter]:
+    """Every parameter of a model of `config`, by its path ("layers/attention/query")."""
+    return {
+        **_TRUNK,
+        **(_QKV_BIAS if config.qkv_bias else {}),
+        **(_EXPERTS if config.is_moe else _DENSE_MLP),
+        **({} if config.tie_embeddings else _HEAD),
+    }
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested parameter tree as one dict from "a/b/c" to leaf."""
+    return dict(_leaves(tree, prefix))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def abstract_params(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
+    """Shapes and dtypes of a model's parameters, as nested `jax.ShapeDtypeStruct`s."""
+    return unflatten(
+        {
+            path: jax.ShapeDtypeStruct(parameter.shape(config), dtype)
+            for path, parameter in parameters(config).items()
+        }
+    )

@@ -1,0 +1,244 @@
+"""The command line: flags and gin. The only file that imports gin.
+
+    aquila train --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [--dry_run]
+
+A gin file describes one `TrainRun`; see `gin_configs/`. Exit codes: 0 done, 2 a mistake in what
+was asked for (one line says which), 128 + n stopped by signal n after saving.
+"""
+
+import argparse
+import difflib
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gin
+from gin import config as gin_config
+
+from aquila_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from aquila_jax.training import TrainRun
+
+_GIN_FLAG = "--gin."
+_USER_MISTAKE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the console script `aquila`."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    bindings = [flag.removeprefix(_GIN_FLAG) for flag in rest if flag.startswith(_GIN_FLAG)]
+    if unknown := [flag for flag in rest if not flag.startswith(_GIN_FLAG)]:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    try:
+        return arguments.run_command(arguments, bindings)
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        # Between steps the loop stops by itself; this is start-up, with nothing to save.
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="aquila",
+        description="Grow pretrained language models and keep training them.",
+        epilog="example: aquila train --gin_file=gin_configs/runs/demo/1_dense.gin --dry_run",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, run_command, summary in (
+        ("train", _train, "train one stage, from wherever its MODEL_DIR stands"),
+        ("grow", _grow, "grow a stage's first checkpoint from its parent, and stop"),
+        ("eval", _evaluate, "validation loss of the newest checkpoint, by language"),
+    ):
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        command.set_defaults(run_command=run_command)
+        _add_gin_flags(command)
+    report = commands.add_parser("report", help="table, figure and page of one or more runs")
+    report.set_defaults(run_command=_report)
+    report.add_argument("model_dirs", nargs="+", metavar="MODEL_DIR", help="runs, oldest first")
+    report.add_argument("--out", required=True, help="directory of report.png and report.html")
+    return parser
+
+
+def _add_gin_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--gin_file", action="append", required=True, help="a gin file; may be repeated"
+    )
+    command.add_argument(
+        "--gin_search_paths",
+        action="append",
+        default=[],
+        help="where gin files and their includes are looked for; may be repeated",
+    )
+    command.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check bindings and shapes, print the operative configuration, run nothing",
+    )
+    command.epilog = "Any binding of the gin files can be changed: --gin.NAME=VALUE"
+
+
+def _train(arguments: argparse.Namespace, bindings: list[str]) -> int:
+    from aquila_jax.training import train
+
+    return _with_run(arguments, bindings, train)
+
+
+def _grow(arguments: argparse.Namespace, bindings: list[str]) -> int:
+    from aquila_jax.training import grow
+
+    return _with_run(arguments, bindings, grow)
+
+
+def _evaluate(arguments: argparse.Namespace, bindings: list[str]) -> int:
+    from aquila_jax.training import evaluate
+
+    def run_and_print(run: "TrainRun", *, operative_config: str) -> None:
+        del operative_config  # evaluating changes nothing in MODEL_DIR
+        for language, loss in evaluate(run).items():
+            print(f"{language}\t{loss:.4f}")
+
+    return _with_run(arguments, bindings, run_and_print)
+
+
+def _report(arguments: argparse.Namespace, bindings: list[str]) -> int:
+    from aquila_jax.reports import write_report
+
+    if bindings:
+        raise UserError(f"report takes no gin bindings, but got {bindings}")
+    paths = write_report([Path(path) for path in arguments.model_dirs], Path(arguments.out))
+    print(paths.table)
+    print(f"\nfigure: {paths.png}\nreport: {paths.html}")
+    return 0
+
+
+def _with_run(
+    arguments: argparse.Namespace, bindings: list[str], command: Callable[..., Any]
+) -> int:
+    """Build the `TrainRun` that gin describes, and check it or hand it to `command`."""
+    from aquila_jax.training import Interrupted, check
+
+    run = configured_run(arguments.gin_file, bindings, arguments.gin_search_paths)
+    operative_config = gin.operative_config_str()
+    if arguments.dry_run:
+        for note in check(run):
+            print(f"# note: {note}")
+        print(operative_config)
+        return 0
+    try:
+        command(run, operative_config=operative_config)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signum
+    return 0
+
+
+def configured_run(
+    gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str] = ()
+) -> "TrainRun":
+    """The run that gin files and bindings describe.
+
+    Args:
+        gin_files: parsed in order; later bindings win.
+        bindings: "NAME=VALUE", parsed last.
+        search_paths: looked in after the working directory and before this package's own configs.
+
+    Raises:
+        UserError: a file is missing or malformed, a binding is unknown, a required one is
+            missing, or the run's settings do not fit each other.
+    """
+    _register()
+    gin.clear_config()
+    roots = [Path(__file__).parents[1], Path(__file__).parent]
+    # gin would also take a file's folder for a Python package, import it, and fail where it has no
+    # __init__.py. Its search path and readers have no public way to be set rather than added to.
+    gin_config._FILE_READERS[:] = [(open, os.path.isfile)]
+    gin_config._LOCATION_PREFIXES[:] = ["", *search_paths, *map(str, roots)]
+    try:
+        gin.parse_config_files_and_bindings(list(gin_files), None, finalize_config=False)
+        _check_macros(bindings)
+        gin.parse_config(list(bindings))
+        _check_required()
+        gin.finalize()
+        return gin.get_configurable("TrainRun")()
+    except UserError as error:
+        # gin appends where the value came from on further lines.
+        raise UserError(str(error).splitlines()[0]) from error
+    except (OSError, SyntaxError, ValueError, RuntimeError, TypeError, NameError) as error:
+        raise UserError(_one_line(error)) from error
+
+
+def _register() -> None:
+    """Tell gin of everything a file may bind."""
+    from aquila_jax import config, data, growth, sharding, training
+
+    for configurable in (
+        config.ModelConfig,
+        config.preset,
+        data.TextData,
+        growth.ScaleOut,
+        growth.ScaleUp,
+        sharding.MeshShape,
+        training.AdamW,
+        training.Cosine,
+        training.RouterLosses,
+        training.TrainRun,
+        training.WarmupStableDecay,
+    ):
+        name = configurable.__name__
+        if name not in _registered:
+            gin.external_configurable(configurable, name=name, module="aquila_jax")
+            _registered.add(name)
+
+
+_registered: set[str] = set()
+
+
+def _macros() -> dict[str, str]:
+    """Every macro of the parsed files, with the text of its value."""
+    return dict(re.findall(r"^([A-Za-z_]\w*) = ?(.*)$", gin.config_str(), flags=re.MULTILINE))
+
+
+def _check_macros(bindings: Sequence[str]) -> None:
+    """A binding without a dot changes a macro, so the macro must be there to change."""
+    macros = _macros()
+    for binding in bindings:
+        name = binding.partition("=")[0].strip()
+        if "=" not in binding:
+            raise UserError(f"--gin.{binding} has no value: write --gin.{binding}=VALUE")
+        if "." not in name and name not in macros:
+            near = difflib.get_close_matches(name, macros, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(macros))}"
+            raise UserError(f"no macro {name!r} in the gin files; {hint}")
+
+
+def _check_required() -> None:
+    """Every macro that a file marks as required has been given."""
+    missing = [name for name, value in _macros().items() if value.strip() == "%gin.REQUIRED"]
+    if missing:
+        flags = " ".join(f"--gin.{name}=\"'...'\"" for name in missing)
+        raise UserError(f"{', '.join(missing)} must be set: add {flags}")
+
+
+def _one_line(error: BaseException) -> str:
+    """What gin says, without its traceback-like tail."""
+    text = str(error).strip() or type(error).__name__
+    kept = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(kept[:2])
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return _USER_MISTAKE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""The shape of a decoder: a frozen, typed, architecture-only configuration and its presets.
+
+How to train is not here: that is arguments of functions (see `aquila_jax.training`).
+"""
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from aquila_jax.errors import UserError
+
+_COUNTS = (
+    "vocab_size",
+    "embed_dim",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "mlp_dim",
+    "context_length",
+)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-like decoder, dense or with a mixture of experts in every layer.
+
+    RMSNorm before attention and MLP, rotary positions, grouped-query attention, SwiGLU.
+    Registered as a static pytree, so that functions taking and returning it can be jitted.
+
+    Attributes:
+        vocab_size: V, rows of the embedding.
+        embed_dim: D, the residual width.
+        num_layers: L.
+        num_heads: N, query heads.
+        num_kv_heads: K, key/value heads (KV groups); divides N.
+        head_dim: H, the width of one head; even, because rotary positions turn pairs.
+        mlp_dim: F, the hidden width of one MLP (of one expert in a mixture).
+        context_length: the longest sequence the model is meant for, in tokens.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: added to the mean square in every RMSNorm.
+        qkv_bias: whether query, key and value projections have a bias.
+        tie_embeddings: whether the output head is the embedding's transpose.
+        num_experts: E, experts in every layer; 0 is a dense model.
+        experts_per_token: k, how many experts a token visits; 0 exactly when dense.
+        renormalize_gates: whether the k chosen gates are divided by their sum.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    context_length: int = 4096
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-5
+    qkv_bias: bool = True
+    tie_embeddings: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    renormalize_gates: bool = True
+
+    def __post_init__(self) -> None:
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"ModelConfig.{name} must be a positive integer, not {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
+                f"({self.num_kv_heads}): every KV group serves the same number of query heads"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs")
+        if not (self.norm_eps > 0 and self.rope_theta > 0):
+            raise UserError(
+                f"norm_eps ({self.norm_eps}) and rope_theta ({self.rope_theta}) must be positive"
+            )
+        k, num_experts = self.experts_per_token, self.num_experts
+        if num_experts < 0 or not (1 <= k <= num_experts or k == num_experts == 0):
+            raise UserError(
+                f"experts_per_token ({k}) must lie between 1 and num_experts ({num_experts}), "
+                "or both be 0 for a dense model"
+            )
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether the layers hold experts."""
+        return self.num_experts > 0
+
+    @property
+    def heads_per_group(self) -> int:
+        """G, query heads that share one key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by field name, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """The inverse of `to_dict`.
+
+        Raises:
+            UserError: a field is unknown or missing.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise UserError(f"unknown ModelConfig fields {unknown}; known are {sorted(known)}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(f"not a whole ModelConfig: {error}") from error
+
+
+_DENSE_1_8B = ModelConfig(
+    vocab_size=151851,
+    embed_dim=2048,
+    num_layers=24,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=64,
+    mlp_dim=5504,
+    context_length=2048,
+)
+_DENSE_7B = ModelConfig(
+    vocab_size=151851,
+    embed_dim=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    mlp_dim=14336,
+)
+_DENSE_16B = dataclasses.replace(
+    _DENSE_7B, embed_dim=5120, num_layers=40, num_heads=40, mlp_dim=20480
+)
+_TOY = ModelConfig(
+    vocab_size=4096,
+    embed_dim=96,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    mlp_dim=256,
+    context_length=256,
+    rope_theta=1e4,
+)
+_TOY_LARGE = dataclasses.replace(_TOY, embed_dim=128, num_layers=4, num_heads=6, mlp_dim=352)
+
+
+def _eight_experts(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, num_experts=8, experts_per_token=2)
+
+
+PRESETS: Mapping[str, ModelConfig] = types.MappingProxyType(
+    {
+        # AquilaMoE (arXiv 2408.06567), Table 3; vocabulary, rotary base and norm epsilon from
+        # the released configurations; 8 KV groups at 7B from its model card (the table says 32).
+        "aquila3_1_8b": _DENSE_1_8B,
+        "aquila3_8x1_8b": _eight_experts(_DENSE_1_8B),
+        "aquila3_7b": _DENSE_7B,
+        "aquila3_16b": _DENSE_16B,
+        "aquila3_8x16b": _eight_experts(_DENSE_16B),
+        # The same three stages for two CPU cores. 96 -> 128 wide is no whole multiple, as the
+        # paper's 4096 -> 5120, and 2 -> 3 query heads a KV group stand for its 4 -> 5.
+        "toy_dense": _TOY,
+        "toy_large": _TOY_LARGE,
+        "toy_moe": _eight_experts(_TOY_LARGE),
+    }
+)
+
+
+def preset(name: str, **changes: Any) -> ModelConfig:
+    """A named configuration, with single fields changed by keyword.
+
+    Raises:
+        UserError: the name is unknown, or the changed configuration is not valid.
+    """
+    if name not in PRESETS:
+        raise UserError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    return ModelConfig.from_dict({**PRESETS[name].to_dict(), **changes})

@@ -1,0 +1,16 @@
+"""Text in two languages as packed batches; TensorFlow is imported when text is first read."""
+
+from aquila_jax.data.pipeline import Batch, TextData
+from aquila_jax.data.sources import SOURCES, Document, is_validation
+from aquila_jax.data.vocabulary import load_tokenizer, load_vocabulary, train_sentencepiece
+
+__all__ = [
+    "SOURCES",
+    "Batch",
+    "Document",
+    "TextData",
+    "is_validation",
+    "load_tokenizer",
+    "load_vocabulary",
+    "train_sentencepiece",
+]

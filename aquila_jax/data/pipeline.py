@@ -1,0 +1,207 @@
+"""Packed, shuffled, resumable batches of the demonstration's text."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from aquila_jax.data import sources
+from aquila_jax.data.vocabulary import EOS_ID, load_tokenizer, train_sentencepiece
+from aquila_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+Batch = dict[str, np.ndarray]
+
+# seqio's names on the left, ours on the right.
+FEATURE_NAMES = {
+    "decoder_input_tokens": "tokens",
+    "decoder_target_tokens": "targets",
+    "decoder_loss_weights": "loss_weights",
+    "decoder_segment_ids": "segment_ids",
+    "decoder_positions": "positions",
+}
+
+# One thread packs several hundred thousand tokens a second; the other cores are for training.
+NUM_THREADS = 1
+
+# The order of held-out pieces is the same for every training seed: their losses compare.
+VALIDATION_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TextData:
+    """The bilingual text of the demonstration: English speeches and Chinese laws.
+
+    Attributes:
+        text_dir: folder the two text packages are unpacked in.
+        tokenizer_path: sentencepiece model; `prepare` trains it where it is absent.
+        vocab_size: number of ids of the tokenizer.
+        sequence_length: T, tokens a row.
+        batch_size: B, rows a batch.
+        mixture_rates: (source, rate) pairs or a mapping: relative numbers of pieces to draw from
+            each source in training. A source left out, or of rate 0, is not trained on.
+        seed: of the training order.
+        shuffle_buffer: pieces (of at most T tokens) of each source that are shuffled together;
+            as many are tokenized before the first batch.
+    """
+
+    text_dir: str = "data/text"
+    tokenizer_path: str = "data/tokenizer.model"
+    vocab_size: int = 8192
+    sequence_length: int = 256
+    batch_size: int = 32
+    mixture_rates: Mapping[str, float] | tuple[tuple[str, float], ...] = (
+        ("sotu_en", 1.0),
+        ("china_law_zh", 1.0),
+    )
+    seed: int = 0
+    shuffle_buffer: int = 2048
+
+    def __post_init__(self):
+        for name, least in {"sequence_length": 2, "batch_size": 1, "shuffle_buffer": 1}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        rates = dict(self.mixture_rates)
+        unknown = sorted(set(rates) - set(sources.SOURCES))
+        if unknown:
+            raise UserError(
+                f"mixture_rates names {', '.join(unknown)}: the sources are "
+                f"{', '.join(sources.SOURCES)}"
+            )
+        if min(rates.values(), default=0.0) < 0 or not sum(rates.values()) > 0:
+            raise UserError(f"mixture_rates are {rates}: make none negative and one positive")
+
+    def prepare(self) -> None:
+        """Trains the tokenizer on the training split, unless `tokenizer_path` exists.
+
+        Takes about five seconds, and does not import TensorFlow.
+
+        Raises:
+            UserError: a text is missing; the tokenizer there has another number of ids; or the
+                text cannot give `vocab_size` pieces.
+        """
+        texts = {
+            source.language: [d.text for d in sources.read_split(name, self.text_dir, "train")]
+            for name, source in sources.SOURCES.items()
+        }
+        if not Path(self.tokenizer_path).exists():
+            train_sentencepiece(texts, self.tokenizer_path, self.vocab_size)
+        self._check_vocab_size()
+
+    def train_batches(self, start: int = 0) -> Iterator[Batch]:
+        """Yields training batches without end, batch number `start` first.
+
+        The order is a function of the settings alone: `train_batches(start=k)` goes on exactly
+        where an interrupted `train_batches()` stood after k batches. It reads past them, at
+        several hundred thousand tokens a second.
+
+        A batch is a dict of arrays `[B, T]`: `tokens` int32, the decoder's inputs, 0 at the start
+        of each segment; `targets` int32, what to predict; `loss_weights` float32, 0 on padding;
+        `segment_ids` int32, 1, 2, .. for the pieces in a row and 0 for padding; `positions`
+        int32, counted from 0 in each segment.
+
+        Raises:
+            UserError: `start` is negative; the text or the tokenizer is missing; or the tokenizer
+                has another number of ids than `vocab_size`. At the call, not at the first batch.
+        """
+        if start < 0:
+            raise UserError(f"start is {start}: batches are counted from 0")
+        self._check_vocab_size()
+        from aquila_jax.data import tasks
+
+        mixture = tasks.register_mixture(
+            dict(self.mixture_rates), self.text_dir, self.tokenizer_path, self.shuffle_buffer
+        )
+        pieces = mixture.get_dataset(
+            {tasks.FEATURE: self.sequence_length}, "train", seed=self.seed, num_epochs=None
+        )
+        batches = self._pack(pieces).batch(self.batch_size, drop_remainder=True)
+        return map(_rename, _arrays(batches.skip(start).prefetch(2)))
+
+    def validation_batches(self, num_batches: int) -> dict[str, list[Batch]]:
+        """Returns the first `num_batches` batches of held-out text of each language.
+
+        They depend on the text, the tokenizer, T and B alone, are drawn from all held-out
+        documents, and hold no piece twice. The last batch there is may end in rows of padding.
+
+        Returns:
+            For each language code (`en`, `zh`), batches as in `train_batches`.
+
+        Raises:
+            UserError: as `train_batches`; or there is less held-out text.
+        """
+        if num_batches < 1:
+            raise UserError(f"num_batches is {num_batches}: ask for at least 1 validation batch")
+        self._check_vocab_size()
+        return {
+            source.language: self._validation_batches(name, num_batches)
+            for name, source in sources.SOURCES.items()
+        }
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, without the end of the document."""
+        return load_tokenizer(self.tokenizer_path).EncodeAsIds(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of `ids` up to the first end of a document."""
+        ids = [int(i) for i in ids]
+        end = ids.index(EOS_ID) if EOS_ID in ids else len(ids)
+        return load_tokenizer(self.tokenizer_path).DecodeIds(ids[:end])
+
+    def _check_vocab_size(self) -> None:
+        found = load_tokenizer(self.tokenizer_path).GetPieceSize()
+        if found != self.vocab_size:
+            raise UserError(
+                f"tokenizer {self.tokenizer_path} has {found} ids, not {self.vocab_size}: set "
+                f"TextData.vocab_size to {found}, or TextData.tokenizer_path to a new file"
+            )
+
+    def _validation_batches(self, name: str, num_batches: int) -> list[Batch]:
+        from aquila_jax.data import tasks
+
+        task = tasks.register_task(name, self.text_dir, self.tokenizer_path, self.shuffle_buffer)
+        lengths = {tasks.FEATURE: self.sequence_length}
+        pieces = task.get_dataset(lengths, "validation", shuffle=False)
+        # One buffer for all: the order must not depend on the setting for training.
+        pieces = pieces.shuffle(1_000_000, seed=VALIDATION_SEED)
+        rows = list(_arrays(self._pack(pieces).take(num_batches * self.batch_size)))
+        available = -(-len(rows) // self.batch_size)
+        if available < num_batches:
+            raise UserError(
+                f"{num_batches} validation batches of {name} asked for, but its held-out text "
+                f"fills {available} of {self.batch_size} x {self.sequence_length} tokens: ask for "
+                "fewer, or set a smaller TextData.batch_size"
+            )
+        padding = {key: np.zeros_like(value) for key, value in rows[0].items()}
+        rows += [padding] * (num_batches * self.batch_size - len(rows))
+        batches = _rename({key: np.stack([row[key] for row in rows]) for key in padding})
+        return [
+            {key: value[i : i + self.batch_size] for key, value in batches.items()}
+            for i in range(0, len(rows), self.batch_size)
+        ]
+
+    def _pack(self, pieces: "tf.data.Dataset") -> "tf.data.Dataset":
+        """Returns rows of T tokens, each filled with as many whole pieces in turn as fit."""
+        from aquila_jax.data.tasks import FEATURE
+        from aquila_jax.data.tensorflow_setup import seqio, tf
+
+        options = tf.data.Options()
+        options.deterministic = True
+        options.threading.private_threadpool_size = NUM_THREADS
+        options.threading.max_intra_op_parallelism = 1
+        convert = seqio.LMFeatureConverter(pack=True)
+        return convert(pieces, {FEATURE: self.sequence_length}).with_options(options)
+
+
+def _arrays(dataset: "tf.data.Dataset") -> Iterator[dict[str, np.ndarray]]:
+    return cast("Iterator[dict[str, np.ndarray]]", dataset.as_numpy_iterator())
+
+
+def _rename(features: Mapping[str, np.ndarray]) -> Batch:
+    batch = {ours: features[theirs] for theirs, ours in FEATURE_NAMES.items()}
+    batch["loss_weights"] = batch["loss_weights"].astype(np.float32)
+    return batch

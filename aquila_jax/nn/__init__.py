@@ -1,0 +1,5 @@
+"""The decoder in Linen: layers, attention, mixture of experts, transformer, loss."""
+
+from aquila_jax.nn.transformer import Transformer, forward
+
+__all__ = ["Transformer", "forward"]

@@ -1,0 +1,187 @@
+"""The decoder: embedding, scanned layers, head."""
+
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from aquila_jax.axes import BATCH, VOCAB
+from aquila_jax.config import ModelConfig
+from aquila_jax.nn.attention import Attention, causal_mask
+from aquila_jax.nn.layers import GatedMLP, RMSNorm, declare
+from aquila_jax.nn.moe import ROUTER, MixtureOfExperts
+from aquila_jax.sharding import Layout
+
+# What the backward pass finds stored of a layer; the rest it computes again.
+REMAT_POLICIES: Mapping[str, Callable[..., Any] | None] = types.MappingProxyType(
+    {
+        "none": None,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }
+)
+
+
+class Block(nn.Module):
+    """One layer: attention, then an MLP or a mixture of experts, each after a norm."""
+
+    config: ModelConfig
+    dtype: DTypeLike
+    layout: Layout | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        mask_B1TT: Bool[Array, "B 1 T T"],
+        is_token_BT: Bool[Array, "B T"],
+    ) -> tuple[Float[Array, "B T D"], None]:
+        """The new residual, and None for the scan."""
+        config, dtype, layout = self.config, self.dtype, self.layout
+        norm = RMSNorm(config, "layers/pre_attention_norm/scale", name="pre_attention_norm")
+        attention = Attention(config, dtype, layout, name="attention")
+        x_BTD += attention(norm(x_BTD), positions_BT, mask_B1TT)
+        normalised_BTD = RMSNorm(config, "layers/pre_mlp_norm/scale", name="pre_mlp_norm")(x_BTD)
+        if config.is_moe:
+            moe = MixtureOfExperts(config, dtype, layout, name="moe")
+            x_BTD += moe(normalised_BTD, is_token_BT)
+        else:
+            x_BTD += GatedMLP(config, dtype, layout, name="mlp")(normalised_BTD)
+        if layout is not None:
+            x_BTD = layout.constrain(x_BTD, BATCH, None, None)
+        return x_BTD, None
+
+
+class Embedder(nn.Module):
+    """Token embedding, and the head where it is tied."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        """Declares the embedding `[V, D]`."""
+        self.embedding = declare(self, self.config, "token_embedder/embedding")
+
+
+class Head(nn.Module):
+    """The untied output head."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "D V"]:
+        """The head's kernel `[D, V]`."""
+        return declare(self, self.config, "lm_head/kernel")
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model, with its layers stacked on a leading axis and scanned.
+
+    Attributes:
+        config: the architecture.
+        dtype: of activations and of weights as they are used; parameters are float32. Router,
+            norms and softmax compute in float32 whatever this is.
+        remat: what to store for the backward pass: "none" (everything), "dots" or "full".
+        layout: where to place activations on a mesh; None leaves it to the compiler.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from aquila_jax import Transformer, preset
+        >>> model = Transformer(preset("toy_dense"))
+        >>> tokens = jnp.zeros((1, 8), jnp.int32)
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+        >>> jax.eval_shape(model.apply, variables, tokens).shape
+        (1, 8, 4096)
+    """
+
+    config: ModelConfig
+    dtype: DTypeLike = jnp.float32
+    remat: str = "none"
+    layout: Layout | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"] | None = None,
+        positions_BT: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of the next token, float32 (float64 for a float64 model).
+
+        Args:
+            tokens_BT: token ids.
+            segment_ids_BT: which document of a packed row each token belongs to; 0 is padding.
+                None: every row is one document.
+            positions_BT: position of each token in its document; None counts from the row's
+                start.
+        """
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.ones_like(tokens_BT)
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        embedding_VD = Embedder(self.config, name="token_embedder").embedding
+        x_BTD = embedding_VD[tokens_BT].astype(self.dtype)
+        x_BTD, _ = self._layers()(
+            x_BTD, positions_BT, causal_mask(segment_ids_BT), segment_ids_BT > 0
+        )
+        x_BTD = RMSNorm(self.config, "final_norm/scale", name="final_norm")(x_BTD)
+        if self.config.tie_embeddings:
+            kernel_DV = embedding_VD.T
+        else:
+            kernel_DV = Head(self.config, name="lm_head")()
+        logits_BTV = jnp.einsum(
+            "BTD,DV->BTV",
+            x_BTD,
+            kernel_DV.astype(self.dtype),
+            preferred_element_type=jnp.promote_types(self.dtype, jnp.float32),
+        )
+        return (
+            logits_BTV
+            if self.layout is None
+            else self.layout.constrain(logits_BTV, BATCH, None, VOCAB)
+        )
+
+    def _layers(self) -> nn.Module:
+        """All layers as one scanned module, whose parameters have a leading layers axis."""
+        block = Block
+        if self.remat != "none":
+            # A scan's body is not merged with its neighbours, so nothing needs guarding.
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0, ROUTER: 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] - flax declares int
+            length=self.config.num_layers,
+        )
+        return scanned(self.config, self.dtype, self.layout, name="layers")
+
+
+def forward(
+    model: Transformer, params: Any, batch: Mapping[str, jax.Array]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Logits of a packed batch, and what its routers report.
+
+    Args:
+        model: the decoder.
+        params: its parameters.
+        batch: `tokens`, `segment_ids` and `positions`, int32 `[B, T]`.
+
+    Returns:
+        Logits `[B, T, V]`, and of a mixture the fields of `Routing` that are summed over tokens,
+        stacked by layer: `load_balance_loss` and `router_z_loss` `[L]`, `load_E` `[L, E]`.
+    """
+    logits_BTV, variables = model.apply(
+        {"params": params},
+        batch["tokens"],
+        batch["segment_ids"],
+        batch["positions"],
+        mutable=[ROUTER],
+    )
+    routing = variables[ROUTER]["layers"]["moe"] if model.config.is_moe else {}
+    return cast(jax.Array, logits_BTV), cast(dict[str, jax.Array], routing)

@@ -1,0 +1,138 @@
+"""Meshes, and the one table from logical axes to mesh axes. Nothing else names mesh axes."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from aquila_jax import axes
+from aquila_jax.config import ModelConfig
+from aquila_jax.errors import UserError
+
+# data: whole copies of the model; fsdp: parameters in shards, gathered for use; expert: experts
+# in shards; model: heads, MLP units and vocabulary in shards.
+MESH_AXES = ("data", "fsdp", "expert", "model")
+
+# One logical axis may be split over several mesh axes. An axis that is absent is not split.
+DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
+    axes.BATCH: ("data", "fsdp"),
+    axes.EMBED: ("fsdp",),
+    axes.Q_HEADS: ("model",),
+    axes.KV_HEADS: ("model",),
+    axes.MLP: ("model",),
+    axes.VOCAB: ("model",),
+    axes.EXPERTS: ("expert",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """How many devices lie along each mesh axis; -1, in at most one place, takes what is left.
+
+    Attributes:
+        data: whole copies of the model.
+        fsdp: shards of parameters and optimizer state.
+        expert: shards of the experts.
+        model: shards of heads, MLP units and vocabulary.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    model: int = 1
+
+    def build(self, devices: Sequence[Any] | None = None) -> Mesh:
+        """The mesh over `devices` (all of them by default), with axes `MESH_AXES`.
+
+        Raises:
+            UserError: the sizes do not multiply to the number of devices.
+        """
+        devices = jax.devices() if devices is None else devices
+        sizes = [getattr(self, name) for name in MESH_AXES]
+        asked = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
+        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+            raise UserError(f"mesh sizes must be positive, with at most one -1, not {asked}")
+        rest = math.prod(size for size in sizes if size != -1)
+        sizes = [len(devices) // rest if size == -1 else size for size in sizes]
+        if math.prod(sizes) != len(devices):
+            raise UserError(f"a mesh of {asked} does not multiply to {len(devices)} devices")
+        # Auto: the compiler propagates shardings from parameters, batch and constraints.
+        grid = np.asarray(devices).reshape(sizes)
+        return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and the rules that place logical axes on it.
+
+    Attributes:
+        mesh: the devices.
+        rules: logical axis -> mesh axes.
+    """
+
+    mesh: Mesh
+    rules: Mapping[str, tuple[str, ...]] = dataclasses.field(
+        default_factory=lambda: dict(DEFAULT_RULES)
+    )
+
+    def spec(self, logical: Sequence[str | None], name: str = "an array") -> PartitionSpec:
+        """The partition of an array whose dimensions have these logical axes.
+
+        Raises:
+            UserError: two dimensions would be split over the same mesh axis.
+        """
+        parts = [self._mesh_axes(axis) for axis in logical]
+        used = [mesh_axis for part in parts for mesh_axis in part]
+        if len(used) != len(set(used)):
+            raise UserError(
+                f"{name} with axes {tuple(logical)} would be split twice over one mesh axis: "
+                f"{parts}; change the sharding rules"
+            )
+        return PartitionSpec(*(part if part else None for part in parts))
+
+    def params(self, config: ModelConfig) -> dict[str, Any]:
+        """The sharding of every parameter, as nested `NamedSharding`s.
+
+        Raises:
+            UserError: a dimension does not divide over its mesh axes; names the parameter.
+        """
+        shardings = {}
+        for path, parameter in axes.parameters(config).items():
+            for axis, size in zip(parameter.axes, parameter.shape(config), strict=True):
+                if size % self._shards(axis):
+                    raise UserError(
+                        f"{path}: {axis} of {size} does not divide over the {self._shards(axis)} "
+                        f"devices of mesh axes {self._mesh_axes(axis)}; choose another mesh or "
+                        "other sharding rules"
+                    )
+            shardings[path] = NamedSharding(self.mesh, self.spec(parameter.axes, path))
+        return axes.unflatten(shardings)
+
+    def _mesh_axes(self, axis: str | None) -> tuple[str, ...]:
+        """Where a logical axis is split; a mesh axis of one device splits nothing."""
+        rule = self.rules.get(axis, ()) if axis is not None else ()
+        return tuple(mesh_axis for mesh_axis in rule if self.mesh.shape[mesh_axis] > 1)
+
+    def _shards(self, axis: str) -> int:
+        return math.prod(self.mesh.shape[mesh_axis] for mesh_axis in self._mesh_axes(axis))
+
+    def batch(self) -> NamedSharding:
+        """The sharding of every `[B, T]` array of a batch."""
+        return NamedSharding(self.mesh, self.spec((axes.BATCH, axes.TOKENS), "the batch"))
+
+    def replicated(self) -> NamedSharding:
+        """The sharding of what every device holds whole."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def batch_shards(self) -> int:
+        """Into how many parts the batch is split; its size must be a multiple."""
+        return self._shards(axes.BATCH)
+
+    def constrain(self, x: jax.Array, *logical: str | None) -> jax.Array:
+        """`x`, with its sharding fixed inside a jitted computation."""
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(logical)))

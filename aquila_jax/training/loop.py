@@ -1,0 +1,282 @@
+"""The training loop: begin, step, measure, save, and stop cleanly when asked."""
+
+import contextlib
+import dataclasses
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from aquila_jax import accounting, axes
+from aquila_jax.errors import UserError
+from aquila_jax.evaluation.perplexity import make_eval_step, validation_losses
+from aquila_jax.files import write_json, write_text
+from aquila_jax.training.checkpoints import Checkpoints
+from aquila_jax.training.ledger import Ledger
+from aquila_jax.training.metrics import MetricsWriter, Progress
+from aquila_jax.training.run import Compiled, TrainRun, build
+from aquila_jax.training.start import Start, begin, read_ledger
+
+
+class Interrupted(Exception):  # noqa: N818 - it was asked for: not an error
+    """The run was asked to stop, and has saved everything.
+
+    Attributes:
+        signum: the signal that asked.
+    """
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+def train(run: TrainRun, *, operative_config: str = "") -> Ledger:
+    """Train `run` to its last step, from wherever MODEL_DIR stands.
+
+    Args:
+        run: the settings.
+        operative_config: text kept as MODEL_DIR/config.gin.
+
+    Returns:
+        The ledger at the end.
+
+    Raises:
+        UserError: settings, data or directories do not fit; nothing on disk is lost.
+        Interrupted: SIGINT or SIGTERM came; the last step is saved.
+    """
+    steps = run.resolve_steps()
+    _make_directory(run.path)
+    checkpoints = Checkpoints(run.path, keep=run.keep_checkpoints)
+    ledger = read_ledger(checkpoints)
+    if ledger is not None and ledger.current.model == run.model and _is_finished(ledger, steps):
+        # A crash between the last checkpoint and its ledger file would leave the file behind.
+        ledger.write(run.path)
+        checkpoints.close()
+        print(f"{run.name}: {run.model_dir} has made all {steps} steps", file=sys.stderr)
+        return ledger
+    compiled = build(run, steps)
+    run.data.prepare()
+    with _named_disk_errors(run.path):
+        start = begin(run, compiled, checkpoints, steps)
+        _describe(run, compiled, operative_config)
+        session = _Session(run, compiled, checkpoints, steps, start)
+        try:
+            return session.run_to_end()
+        finally:
+            session.close()
+            checkpoints.close()
+
+
+def grow(run: TrainRun, *, operative_config: str = "") -> Ledger:
+    """Make the first checkpoint of `run`, grown from its parent, and train nothing.
+
+    `train` with the same settings goes on from it.
+
+    Raises:
+        UserError: there is nothing to grow, or MODEL_DIR already has a checkpoint.
+    """
+    if run.growth is None:
+        raise UserError("growth is None: set TrainRun.growth to @ScaleUp() or @ScaleOut()")
+    steps = run.resolve_steps()
+    _make_directory(run.path)
+    checkpoints = Checkpoints(run.path, keep=run.keep_checkpoints)
+    if checkpoints.latest_step is not None:
+        raise UserError(
+            f"{run.model_dir} already holds step {checkpoints.latest_step}: growth happens "
+            "once; choose another MODEL_DIR"
+        )
+    compiled = build(run, steps)
+    with _named_disk_errors(run.path):
+        start = begin(run, compiled, checkpoints, steps)
+        _describe(run, compiled, operative_config)
+        checkpoints.save(start.state, _meta(run, start.ledger))
+        start.ledger.write(run.path)
+        checkpoints.close()
+    print(f"{run.name}: {start.reason}, saved in {run.model_dir}", file=sys.stderr)
+    return start.ledger
+
+
+class _Session:
+    """The moving parts of one call of `train`."""
+
+    def __init__(
+        self,
+        run: TrainRun,
+        compiled: Compiled,
+        checkpoints: Checkpoints,
+        steps: int,
+        start: Start,
+    ) -> None:
+        self.run, self.compiled, self.checkpoints = run, compiled, checkpoints
+        self.steps, self.state, self.ledger = steps, start.state, start.ledger
+        self.is_new = start.is_new
+        self.metrics = MetricsWriter(run.path, int(start.state.step))
+        self.progress = Progress(run.name, steps, int(start.state.step))
+        self.progress.say(start.reason)
+        self.eval_step = make_eval_step(compiled.model)
+        self.schedule = run.optimizer.schedule.build(steps)
+        self.validation: Mapping[str, list[Any]] = {}
+        # When tokens per second were last counted from, and the stage's tokens by then.
+        self.logged = (time.monotonic(), start.ledger.current.tokens)
+        # Seconds already in the ledger are taken off, so that a resumed run counts on.
+        self.clock_start = time.monotonic() - start.ledger.current.seconds
+
+    def run_to_end(self) -> Ledger:
+        """Every step that is left."""
+        self.validation = {
+            language: [self._place(batch) for batch in batches]
+            for language, batches in self.run.data.validation_batches(self.run.eval_batches).items()
+        }
+        if self.ledger.current.validation_start is None and not self.ledger.current.steps:
+            self._validate()
+        if self.is_new:
+            self._save()
+        first = int(self.state.step)
+        batches = self.run.data.train_batches(start=first)
+        self.logged = (time.monotonic(), self.ledger.current.tokens)
+        with _stop_on_signal() as asked:
+            for step in range(first + 1, self.steps + 1):
+                self._train_one(step, next(batches))
+                if step % self.run.eval_every == 0 or step == self.steps:
+                    self._validate()
+                stop = bool(asked)  # read once: what is announced below has been saved
+                if step % self.run.checkpoint_every == 0 or step == self.steps or stop:
+                    self._save()
+                if stop and step < self.steps:
+                    raise Interrupted(
+                        asked[0],
+                        f"{self.run.name}: stopped and saved at step {step} of {self.steps}; run "
+                        "the same command again to go on",
+                    )
+        loss = (self.ledger.current.validation_end or {})["mean"]
+        self.progress.say(f"finished: validation loss {loss:.4f}, kept in {self.run.model_dir}")
+        return self.ledger
+
+    def _train_one(self, step: int, batch: dict[str, np.ndarray]) -> None:
+        self.state, metrics = self.compiled.train_step(self.state, self._place(batch))
+        stage, tokens = self.ledger.current, int(batch["loss_weights"].sum())
+        self.ledger = self.ledger.update(
+            steps=step,
+            tokens=stage.tokens + tokens,
+            flops=stage.flops + self.run.flops_per_step,
+            seconds=time.monotonic() - self.clock_start,
+        )
+        if step % self.run.log_every and step not in (1, self.steps):
+            self.progress.update(step, None, 0.0)
+            return
+        # Fetching a value waits for the step, so only rows that are kept pay for it.
+        values = {name: float(value) for name, value in metrics.items()}
+        now, total = time.monotonic(), self.ledger.current.tokens
+        values["tokens_per_second"] = (total - self.logged[1]) / (now - self.logged[0])
+        self.logged = (now, total)
+        # The update just made was number step - 1 of the schedule.
+        values["learning_rate"] = float(np.asarray(self.schedule(step - 1)))
+        self.metrics.write("train", self.ledger, values)
+        self.progress.update(step, values["loss"], values["tokens_per_second"])
+
+    def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        sharding = self.compiled.layout.batch()
+        return {name: jax.device_put(array, sharding) for name, array in batch.items()}
+
+    def _validate(self) -> None:
+        losses = validation_losses(self.eval_step, self.state.params, self.validation)
+        which = "validation_start" if self.ledger.current.steps == 0 else "validation_end"
+        self.ledger = self.ledger.update(
+            **{which: losses}, seconds=time.monotonic() - self.clock_start
+        )
+        row = {f"loss_{name}": loss for name, loss in losses.items() if name != "mean"}
+        self.logged = (time.monotonic(), self.ledger.current.tokens)
+        self.metrics.write("validation", self.ledger, {"loss": losses["mean"], **row})
+        by_language = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        self.progress.say(f"step {self.ledger.current.steps}: validation loss {by_language}")
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.state, _meta(self.run, self.ledger))
+        self.ledger.write(self.run.path)
+
+    def close(self) -> None:
+        """Close files and the bar."""
+        self.progress.close()
+        self.metrics.close()
+
+
+def _is_finished(ledger: Ledger, steps: int) -> bool:
+    return ledger.current.steps >= steps
+
+
+def _meta(run: TrainRun, ledger: Ledger) -> dict[str, Any]:
+    return {"config": run.model.to_dict(), "ledger": ledger.to_dict()}
+
+
+def _make_directory(path: Path) -> None:
+    """Create MODEL_DIR and prove that it can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    with _named_disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(path / ".writable", "")
+        (path / ".writable").unlink()
+
+
+@contextlib.contextmanager
+def _named_disk_errors(path: Path) -> Iterator[None]:
+    """What the file system refuses under MODEL_DIR becomes a `UserError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to MODEL_DIR {path}: {error.strerror or error}; make room or choose "
+            "another one, then run the same command again (its checkpoints are whole)"
+        ) from error
+
+
+def _describe(run: TrainRun, compiled: Compiled, operative_config: str) -> None:
+    """The files in MODEL_DIR that say what runs: config.gin, model-info.txt, environment.json."""
+    if operative_config:
+        write_text(run.path / "config.gin", operative_config)
+    shardings = axes.flatten(compiled.layout.params(run.model))
+    lines = [
+        f"{path}  {parameter.shape(run.model)}  {'x'.join(parameter.axes)}  "
+        f"{shardings[path].spec}  float32"
+        for path, parameter in axes.parameters(run.model).items()
+    ]
+    total, active = (
+        count(run.model) for count in (accounting.num_parameters, accounting.num_active_parameters)
+    )
+    lines.append(f"total {total:,} parameters, {active:,} active")
+    write_text(run.path / "model-info.txt", "\n".join(lines) + "\n")
+    environment = {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "mesh": dict(compiled.layout.mesh.shape),
+        "run": dataclasses.asdict(run.mesh),
+    }
+    write_json(run.path / "environment.json", environment)
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM append to, once; a second signal is not caught."""
+    asked: list[int] = []
+
+    def ask(signum: int, frame: Any) -> None:
+        asked.append(signum)
+        for signal_number in previous:
+            signal.signal(signal_number, signal.SIG_DFL)
+
+    previous = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

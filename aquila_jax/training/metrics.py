@@ -1,0 +1,97 @@
+"""Where numbers go while a run trains: JSON lines, TensorBoard and the terminal."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from aquila_jax.files import write_text
+from aquila_jax.training.ledger import Ledger
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends every row to `metrics.jsonl` and to TensorBoard event files in MODEL_DIR."""
+
+    def __init__(self, model_dir: Path, step: int) -> None:
+        """Open both to go on after `step`: rows beyond it belong to updates that were lost."""
+        from tensorboardX import SummaryWriter  # 0.3 s that only runs need
+
+        path = model_dir / METRICS_FILE
+        if path.exists():
+            write_text(path, "".join(_rows_up_to(path, step)))
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(model_dir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, split: str, ledger: Ledger, values: Mapping[str, float]) -> None:
+        """One row; its tokens, FLOPs and seconds count the whole lineage."""
+        step = ledger.current.steps
+        row = {"split": split, "step": step, **ledger.totals, **values}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._tensorboard.close()
+
+
+def _rows_up_to(path: Path, step: int) -> Iterator[str]:
+    """The whole lines of a metrics file whose step is not beyond `step`."""
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the line a crash cut short
+        if row["step"] <= step:
+            yield line
+
+
+class Progress:
+    """A bar with loss, tokens per second and time left; plain lines where no one watches."""
+
+    def __init__(self, name: str, steps: int, done: int, line_every: int = 50) -> None:
+        self._name, self._steps, self._line_every = name, steps, line_every
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=steps,
+                initial=done,
+                desc=name,
+                unit="step",
+                dynamic_ncols=True,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+                "[{elapsed}<{remaining}{postfix}]",
+            )
+
+    def update(self, step: int, loss: float | None, tokens_per_second: float) -> None:
+        """After step number `step`; `loss` where it is known."""
+        if self._bar is not None:
+            if loss is not None:
+                self._bar.set_postfix_str(
+                    f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False
+                )
+            self._bar.update()
+        elif loss is not None and (step % self._line_every == 0 or step == self._steps):
+            self.say(
+                f"step {step}/{self._steps}  loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
+            )
+
+    def say(self, text: str) -> None:
+        """A line beside the bar."""
+        line = f"{self._name}: {text}"
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal tidy."""
+        if self._bar is not None:
+            self._bar.close()

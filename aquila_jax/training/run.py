@@ -1,0 +1,288 @@
+"""What a training run is: its settings, and the checks that need no parameters."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from aquila_jax import accounting, axes
+from aquila_jax.config import ModelConfig
+from aquila_jax.errors import UserError
+from aquila_jax.growth import ScaleOut, ScaleUp
+from aquila_jax.nn import Transformer
+from aquila_jax.nn.transformer import REMAT_POLICIES
+from aquila_jax.sharding import DEFAULT_RULES, Layout, MeshShape
+from aquila_jax.training.checkpoints import CHECKPOINT_DIR, open_existing
+from aquila_jax.training.ledger import Ledger, steps_for_flops
+from aquila_jax.training.optimizer import AdamW
+from aquila_jax.training.step import (
+    RouterLosses,
+    TrainState,
+    make_train_step,
+    new_state,
+    state_shardings,
+)
+
+# Activations in float16 would need a scaled loss.
+_DTYPES = ("bfloat16", "float32")
+
+NumpyBatch = dict[str, np.ndarray]
+
+
+class Data(Protocol):
+    """What a run needs of its data; `aquila_jax.data.TextData` is one."""
+
+    @property
+    def batch_size(self) -> int:
+        """B, rows of a batch."""
+        ...
+
+    @property
+    def sequence_length(self) -> int:
+        """T, tokens of a row."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids lie below this."""
+        ...
+
+    def prepare(self) -> None:
+        """Make what is made once, or raise `UserError` for what is missing."""
+        ...
+
+    def train_batches(self, start: int = 0) -> Iterator[NumpyBatch]:
+        """Endless batches, the same for the same seed, beginning with number `start`."""
+        ...
+
+    def validation_batches(self, num_batches: int) -> Mapping[str, list[NumpyBatch]]:
+        """Fixed batches of held-out text, by language."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainRun:
+    """One stage of training, whole: everything `train` needs to know.
+
+    Attributes:
+        model_dir: where everything the run writes goes.
+        model: the architecture that is trained.
+        data: batches to train and to validate on.
+        optimizer: AdamW and its schedule.
+        steps: updates to make; 0 takes them from `match_flops_of`.
+        match_flops_of: another MODEL_DIR whose lineage's FLOPs this run spends too.
+        name: what reports call the stage.
+        init_from: MODEL_DIR whose newest checkpoint gives the first parameters; "" for scratch.
+        init_from_model: the architecture expected there; checked before it exists.
+        growth: how parameters of `init_from` become those of `model`; None takes them as they are.
+        mesh: how devices are arranged.
+        sharding_rules: changes to `aquila_jax.sharding.DEFAULT_RULES`.
+        dtype: of activations and of weights in use; parameters stay float32.
+        remat: "none", "dots" or "full"; see `Transformer`.
+        router_losses: weights of a mixture's auxiliary losses.
+        seed: of the initial parameters and the routers.
+        eval_every: steps between validations; the first and last step are always validated.
+        eval_batches: batches of every language in a validation.
+        checkpoint_every: steps between checkpoints; the last step is always saved.
+        keep_checkpoints: how many of the newest stay.
+        log_every: steps between rows of training metrics.
+    """
+
+    model_dir: str
+    model: ModelConfig
+    data: Data
+    optimizer: AdamW
+    steps: int = 0
+    match_flops_of: str = ""
+    name: str = "train"
+    init_from: str = ""
+    init_from_model: ModelConfig | None = None
+    growth: ScaleUp | ScaleOut | None = None
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
+    sharding_rules: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    dtype: str = "bfloat16"
+    remat: str = "none"
+    router_losses: RouterLosses = dataclasses.field(default_factory=RouterLosses)
+    seed: int = 0
+    eval_every: int = 1000
+    eval_batches: int = 8
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        if not self.model_dir:
+            raise UserError("model_dir is empty: name a directory, as in --gin.MODEL_DIR=\"'...'\"")
+        if bool(self.steps > 0) == bool(self.match_flops_of):
+            raise UserError(
+                f"set exactly one of steps (now {self.steps}) and match_flops_of "
+                f"(now {self.match_flops_of!r})"
+            )
+        if self.remat not in REMAT_POLICIES:
+            raise UserError(f"no remat {self.remat!r}; there are {', '.join(REMAT_POLICIES)}")
+        if self.dtype not in _DTYPES:
+            raise UserError(f"no dtype {self.dtype!r}; there are {', '.join(_DTYPES)}")
+        for name in (
+            "eval_every",
+            "eval_batches",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "log_every",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        self._check_data()
+        if self.growth is not None and not self.init_from:
+            raise UserError(f"{self.growth} grows nothing: set init_from to the parent's MODEL_DIR")
+        if self.init_from_model is not None:
+            self.check_parent(self.init_from_model)
+
+    def _check_data(self) -> None:
+        if self.data.vocab_size > self.model.vocab_size:
+            raise UserError(
+                f"the data's vocab_size {self.data.vocab_size} is larger than the model's "
+                f"{self.model.vocab_size}: its tokens would have no embedding"
+            )
+        if self.data.sequence_length > self.model.context_length:
+            raise UserError(
+                f"the data's sequence_length {self.data.sequence_length} is longer than the "
+                f"model's context_length {self.model.context_length}"
+            )
+
+    @property
+    def path(self) -> Path:
+        """MODEL_DIR as a path."""
+        return Path(self.model_dir)
+
+    @property
+    def flops_per_step(self) -> float:
+        """Model FLOPs of one update."""
+        tokens = self.data.batch_size * self.data.sequence_length
+        return tokens * accounting.training_flops_per_token(self.model, self.data.sequence_length)
+
+    def check_parent(self, parent: ModelConfig) -> None:
+        """`parent` can become `model` by `growth`.
+
+        Raises:
+            UserError: it cannot.
+        """
+        if self.growth is not None:
+            self.growth.plan(parent, self.model)
+        elif parent != self.model:
+            raise UserError(
+                f"{self.init_from} holds another model: {differences(parent, self.model)}; set "
+                "growth to scale it up or out"
+            )
+
+    def resolve_steps(self) -> int:
+        """`steps`, or as many as spend the FLOPs of `match_flops_of`.
+
+        Raises:
+            UserError: that MODEL_DIR has no ledger yet.
+        """
+        if self.steps:
+            return self.steps
+        checkpoints = open_existing(Path(self.match_flops_of))
+        meta = checkpoints.read_meta(checkpoints.latest_step or 0)
+        checkpoints.close()
+        ledger = Ledger.from_dict(meta["ledger"])
+        stage = ledger.current
+        if stage.steps < stage.planned_steps:
+            raise UserError(
+                f"{self.match_flops_of} has made {stage.steps} of {stage.planned_steps} steps: "
+                "finish it before matching its FLOPs"
+            )
+        return steps_for_flops(ledger.totals["flops"], self.flops_per_step)
+
+
+def differences(found: ModelConfig, wanted: ModelConfig) -> str:
+    """The fields in which two configurations differ, with both values."""
+    pairs = (
+        (field.name, getattr(found, field.name), getattr(wanted, field.name))
+        for field in dataclasses.fields(ModelConfig)
+    )
+    return ", ".join(f"{name} is {a} there and {b} here" for name, a, b in pairs if a != b)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a run computes with: its model, layout, optimizer and steps, nothing allocated.
+
+    Attributes:
+        model: the decoder.
+        layout: mesh and rules.
+        optimizer: the optax transformation.
+        train_step: `(state, batch) -> (state, metrics)`, jitted.
+        abstract: shapes, dtypes and shardings of the state.
+    """
+
+    model: Transformer
+    layout: Layout
+    optimizer: optax.GradientTransformation
+    train_step: Any
+    abstract: TrainState
+
+
+def build(run: TrainRun, steps: int) -> Compiled:
+    """The pieces of `run`, with every shape checked.
+
+    Raises:
+        UserError: mesh, sharding or batch do not fit the devices or the model.
+    """
+    layout = Layout(run.mesh.build(), {**DEFAULT_RULES, **run.sharding_rules})
+    if run.data.batch_size % layout.batch_shards:
+        raise UserError(
+            f"batch_size {run.data.batch_size} does not divide over the {layout.batch_shards} "
+            f"devices of the mesh's batch axes"
+        )
+    # Constraints on one device say nothing, and hide what the compiler could fuse.
+    shown = layout if layout.mesh.size > 1 else None
+    model = Transformer(run.model, dtype=jnp.dtype(run.dtype), remat=run.remat, layout=shown)
+    optimizer = run.optimizer.build(steps, axes.parameters(run.model))
+    shapes = jax.eval_shape(
+        lambda params: new_state(params, optimizer), axes.abstract_params(run.model)
+    )
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings(shapes, layout, run.model),
+    )
+    train_step = make_train_step(model, optimizer, run.router_losses)
+    return Compiled(model, layout, optimizer, train_step, abstract)
+
+
+def check(run: TrainRun) -> list[str]:
+    """Everything about `run` that can be checked without training; what could not be, as notes.
+
+    Traces the train step on abstract values, so shapes are checked whole.
+
+    Raises:
+        UserError: something does not fit.
+    """
+    notes = []
+    if run.init_from and not (Path(run.init_from) / CHECKPOINT_DIR).is_dir():
+        notes.append(f"init_from {run.init_from} does not exist yet: its model was not read")
+    elif run.init_from:
+        checkpoints = open_existing(Path(run.init_from))
+        meta = checkpoints.read_meta(checkpoints.latest_step or 0)
+        checkpoints.close()
+        run.check_parent(ModelConfig.from_dict(meta["config"]))
+    steps = run.steps
+    if not steps and (Path(run.match_flops_of) / CHECKPOINT_DIR).is_dir():
+        steps = run.resolve_steps()
+    elif not steps:
+        notes.append(f"match_flops_of {run.match_flops_of} does not exist yet: steps are unknown")
+        steps = 1_000_000
+    compiled = build(run, steps)
+    shape = (run.data.batch_size, run.data.sequence_length)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "loss_weights" else jnp.int32)
+        for name in ("tokens", "targets", "segment_ids", "positions", "loss_weights")
+    }
+    jax.eval_shape(compiled.train_step, compiled.abstract, batch)
+    return notes

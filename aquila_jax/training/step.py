@@ -1,0 +1,106 @@
+"""The state of a run and the compiled steps that change and measure it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from aquila_jax.config import ModelConfig
+from aquila_jax.nn import Transformer, forward
+from aquila_jax.nn.losses import cross_entropy
+from aquila_jax.sharding import Layout
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that a step changes.
+
+    Attributes:
+        step: int32 scalar, updates made in this run.
+        params: float32 parameters.
+        opt_state: the optimizer's state.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterLosses:
+    """How much a mixture's auxiliary losses weigh against the language-model loss.
+
+    Attributes:
+        load_balance: weight of the Switch load-balancing loss, averaged over layers.
+        z: weight of the router z-loss, averaged over layers.
+    """
+
+    load_balance: float = 1e-3
+    z: float = 1e-2
+
+
+def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def state_shardings(state: TrainState, layout: Layout, config: ModelConfig) -> TrainState:
+    """Where every leaf of `state` (arrays or shapes) lives: moments beside their parameter."""
+    params = layout.params(config)
+    structure = jax.tree.structure(params)
+    opt_state = jax.tree.map(
+        lambda node: params if jax.tree.structure(node) == structure else layout.replicated(),
+        state.opt_state,
+        is_leaf=lambda node: jax.tree.structure(node) == structure,
+    )
+    return TrainState(layout.replicated(), params, opt_state)
+
+
+def loss_and_metrics(
+    model: Transformer, router_losses: RouterLosses, params: Any, batch: Batch
+) -> tuple[jax.Array, Metrics]:
+    """The loss that is minimised, and what it is made of.
+
+    Args:
+        model: the decoder.
+        router_losses: weights of the auxiliary losses; unused by a dense model.
+        params: its parameters.
+        batch: `tokens`, `targets`, `segment_ids`, `positions` int32 and `loss_weights` float32,
+            all `[B, T]`.
+
+    Returns:
+        The total, and metrics with `loss`, the language-model part, in nats per token.
+    """
+    logits_BTV, routing = forward(model, params, batch)
+    loss = cross_entropy(logits_BTV, batch["targets"], batch["loss_weights"]).mean
+    metrics = {"loss": loss}
+    if model.config.is_moe:
+        metrics["load_balance_loss"] = routing["load_balance_loss"].mean()
+        metrics["router_z_loss"] = routing["router_z_loss"].mean()
+        metrics["busiest_expert_load"] = routing["load_E"].max() * model.config.num_experts
+        loss += router_losses.load_balance * metrics["load_balance_loss"]
+        loss += router_losses.z * metrics["router_z_loss"]
+    return loss, metrics
+
+
+def make_train_step(
+    model: Transformer, optimizer: optax.GradientTransformation, router_losses: RouterLosses
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """One update: gradient, clipping, AdamW. Jitted; the old state's memory is reused."""
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        def loss_of(params: Any) -> tuple[jax.Array, Metrics]:
+            return loss_and_metrics(model, router_losses, params, batch)
+
+        gradients, metrics = jax.grad(loss_of, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics["grad_norm"] = optax.tree.norm(gradients)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0)

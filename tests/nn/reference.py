@@ -1,0 +1,109 @@
+"""A decoder in float64 NumPy, one row, one head and one token at a time.
+
+Written from the papers' formulas and shares no code with the library, so that agreement means
+something. Rotary positions are products of complex numbers here.
+"""
+
+from typing import Any
+
+import numpy as np
+
+
+def decoder(
+    config: Any,
+    params: dict[str, Any],
+    tokens: Any,
+    segment_ids: Any = None,
+    positions: Any = None,
+) -> np.ndarray:
+    """Logits `[B, T, V]`."""
+    rows, length = tokens.shape
+    tokens = np.asarray(tokens)
+    segment_ids = np.ones((rows, length), int) if segment_ids is None else segment_ids
+    positions = np.tile(np.arange(length), (rows, 1)) if positions is None else positions
+    return np.stack(
+        [
+            _row(config, params, tokens[b], np.asarray(segment_ids[b]), np.asarray(positions[b]))
+            for b in range(rows)
+        ]
+    )
+
+
+def _wide(leaf: Any) -> np.ndarray:
+    return np.asarray(leaf).astype(np.float64)
+
+
+def _row(config, params, tokens, segments, positions):
+    embedding = _wide(params["token_embedder"]["embedding"])
+    x = embedding[tokens]
+    layers = params["layers"]
+    for index in range(config.num_layers):
+        attention = {name: _wide(leaf)[index] for name, leaf in layers["attention"].items()}
+        normed = _norm(config, x, layers["pre_attention_norm"]["scale"][index])
+        x = x + _attention(config, attention, normed, segments, positions)
+        normed = _norm(config, x, layers["pre_mlp_norm"]["scale"][index])
+        if config.num_experts:
+            moe = {name: _wide(leaf)[index] for name, leaf in layers["moe"].items()}
+            x = x + np.stack([_mixture(config, moe, token) for token in normed])
+        else:
+            mlp = {name: _wide(leaf)[index] for name, leaf in layers["mlp"].items()}
+            x = x + _mlp(normed, mlp["gate"], mlp["up"], mlp["down"])
+    x = _norm(config, x, params["final_norm"]["scale"])
+    head = embedding.T if config.tie_embeddings else _wide(params["lm_head"]["kernel"])
+    return x @ head
+
+
+def _norm(config, x, gain):
+    root_mean_square = np.sqrt((x**2).mean(axis=-1, keepdims=True) + config.norm_eps)
+    return x / root_mean_square * _wide(gain)
+
+
+def _softmax(scores):
+    powers = np.exp(scores - scores.max())
+    return powers / powers.sum()
+
+
+def rotate(vectors, positions, theta):
+    """Each pair (i, i + H/2) of `[T, H]` is a complex number, turned by its position."""
+    half = vectors.shape[-1] // 2
+    pairs = vectors[:, :half] + 1j * vectors[:, half:]
+    frequencies = np.array([theta ** (-2 * i / (2 * half)) for i in range(half)])
+    turned = pairs * np.exp(1j * np.outer(positions, frequencies))
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def _attention(config, weights, x, segments, positions):
+    result = np.zeros_like(x)
+    heads_per_group = config.num_heads // config.num_kv_heads
+    for head in range(config.num_heads):
+        group = head // heads_per_group
+        query = x @ weights["query"][:, head]
+        key = x @ weights["key"][:, group]
+        value = x @ weights["value"][:, group]
+        if config.qkv_bias:
+            query = query + weights["query_bias"][head]
+            key = key + weights["key_bias"][group]
+            value = value + weights["value_bias"][group]
+        query = rotate(query, positions, config.rope_theta)
+        key = rotate(key, positions, config.rope_theta)
+        for t in range(len(x)):
+            seen = [s for s in range(t + 1) if segments[s] == segments[t]]
+            scores = np.array([query[t] @ key[s] for s in seen]) / np.sqrt(config.head_dim)
+            mixed = _softmax(scores) @ value[seen]
+            result[t] += mixed @ weights["out"][head]
+    return result
+
+
+def _mlp(x, gate, up, down):
+    gated = x @ gate
+    return (gated / (1 + np.exp(-gated)) * (x @ up)) @ down
+
+
+def _mixture(config, weights, x):
+    probabilities = _softmax(x @ weights["router"])
+    chosen = np.argsort(-probabilities)[: config.experts_per_token]
+    gates = probabilities[chosen]
+    if config.renormalize_gates:
+        gates = gates / gates.sum()
+    experts = [(weights["gate"][e], weights["up"][e], weights["down"][e]) for e in chosen]
+    return sum(gate * _mlp(x, *expert) for gate, expert in zip(gates, experts, strict=True))

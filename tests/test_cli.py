@@ -1,0 +1,148 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aquila_jax import cli
+
+ROOT = Path(__file__).parents[1]
+GIN_FILES = sorted(ROOT.glob("gin_configs/**/*.gin"))
+DENSE = "gin_configs/runs/demo/1_dense.gin"
+# What a person must give; the others have every value they need.
+REQUIRED = {
+    "pretrain.gin": ["--gin.MODEL_DIR='runs/pretrain'"],
+    "scale_up.gin": ["--gin.MODEL_DIR='runs/up'", "--gin.INIT_FROM='runs/pretrain'"],
+    "scale_out.gin": ["--gin.MODEL_DIR='runs/out'", "--gin.INIT_FROM='runs/up'"],
+}
+# The paper's batches are split over a pod; any multiple of the test's 8 devices will do.
+RUNNABLE = [path for path in GIN_FILES if path.parent.name in ("runs", "demo")]
+RUNNABLE = [path for path in RUNNABLE if path.name != "common.gin"]
+
+
+def _name(path):
+    return str(path.relative_to(ROOT))
+
+
+@pytest.fixture(autouse=True)
+def _in_a_directory_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def _error(capsys, *arguments):
+    """The one line of a refused command."""
+    assert cli.main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    return captured.err
+
+
+@pytest.mark.parametrize("path", GIN_FILES, ids=_name)
+def test_every_gin_file_opens_with_its_command_and_what_to_expect(path):
+    header = re.match(r"(#.*\n)+", path.read_text())
+    assert header is not None
+    assert "aquila train --gin_file=gin_configs/" in header.group()
+    assert "xpect" in header.group()
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=_name)
+def test_every_runnable_gin_file_passes_a_dry_run_and_runs_nothing(path, capsys, tmp_path):
+    required = REQUIRED.get(path.name, [])
+    assert cli.main(["train", f"--gin_file={_name(path)}", "--dry_run", *required]) == 0
+    assert "TrainRun.model_dir = %MODEL_DIR" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["train", "grow", "eval"])
+def test_every_command_refuses_a_misspelt_file(command, capsys):
+    assert "gin_configs/runs/pretrian.gin" in _error(
+        capsys, command, "--gin_file=gin_configs/runs/pretrian.gin"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gin.MODLE_DIR='x'"], "no macro 'MODLE_DIR' in the gin files; did you mean MODEL_DIR?"),
+        (["--gin.MODEL_DIR"], "has no value"),
+        (["--gin.TrainRun.stepz=3"], "stepz"),
+        (["--gin.TrainRum.steps=3"], "TrainRum"),
+        (["--gin.STEPS=three"], "three"),
+        (["--gin.MODEL='aquila'"], "no preset 'aquila'; there are"),
+        (["--gin.model/preset.num_heads=5"], r"num_heads (5) must be a multiple of num_kv_heads"),
+        (["--gin.VOCAB_SIZE=9999"], "vocab_size 9999 is larger than the model's 4096"),
+        (["--gin.MeshShape.data=3"], "data=3, fsdp=1, expert=1, model=1"),
+        (["--gin.WARMUP_STEPS=500"], "warmup_steps (500)"),
+        (["--gin.REMAT='most'"], "no remat 'most'"),
+        (["--gin.DTYPE='float31'"], "float31"),
+    ],
+)
+def test_a_wrong_binding_gives_one_line_that_names_it(arguments, message, capsys):
+    assert message in _error(capsys, "train", f"--gin_file={DENSE}", "--dry_run", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gin.MODEL='toy_dense'", "--gin.PARENT_MODEL='toy_large'"], "from 128 to 96"),
+        (["--gin.model/preset.head_dim=64"], "head_dim 32 in the source and 64 in the target"),
+        (["--gin.model/preset.num_kv_heads=6"], "num_kv_heads 2 in the source and 6"),
+        (["--gin.model/preset.vocab_size=5000"], "vocab_size 4096 in the source and 5000"),
+        (["--gin.ScaleUp.method='aki_plus'"], "no growth method 'aki_plus'; there are fpi, aki"),
+        (["--gin.ScaleUp.depth='sideways'"], "no depth method 'sideways'"),
+    ],
+)
+def test_shapes_that_cannot_grow_give_one_line(arguments, message, capsys):
+    stage = "gin_configs/runs/demo/2_scale_up.gin"
+    assert message in _error(capsys, "train", f"--gin_file={stage}", "--dry_run", *arguments)
+
+
+def test_required_macros_are_listed_with_the_flags_to_add(capsys):
+    error = _error(capsys, "train", "--gin_file=gin_configs/runs/scale_up.gin", "--dry_run")
+    assert "MODEL_DIR, INIT_FROM must be set" in error or "INIT_FROM, MODEL_DIR" in error
+    assert "--gin.INIT_FROM=" in error
+
+
+def test_missing_text_is_named_with_the_way_out(capsys):
+    error = _error(capsys, "train", f"--gin_file={DENSE}", "--gin.TEXT_DIR='nowhere'")
+    assert "nowhere" in error
+    assert "make" in error
+
+
+def test_search_paths_find_a_file_and_later_bindings_win(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "short.gin").write_text(f"include '{DENSE}'\nSTEPS = 77\n")
+    arguments = ["train", "--gin_file=short.gin", "--gin_search_paths=mine", "--dry_run"]
+    assert cli.main(arguments) == 0
+    assert "STEPS = 77" in capsys.readouterr().out
+    assert cli.main([*arguments, "--gin.STEPS=78"]) == 0
+    assert "STEPS = 78" in capsys.readouterr().out
+
+
+def test_several_files_are_read_in_order(capsys):
+    files = ["gin_configs/runs/demo/2_scale_up.gin", "gin_configs/growth/fpi.gin"]
+    assert cli.main(["train", *(f"--gin_file={name}" for name in files), "--dry_run"]) == 0
+    assert "ScaleUp.method = 'fpi'" in capsys.readouterr().out
+
+
+def test_a_report_of_nothing_says_what_to_do(capsys):
+    assert "nowhere" in _error(capsys, "report", "nowhere", "--out", "here")
+
+
+def test_unknown_flags_and_commands_exit_with_2():
+    for arguments in (["train", "--gin_fil=x"], ["tarin"], []):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 2
+
+
+def test_help_needs_no_jax():
+    code = (
+        "import sys; from aquila_jax import cli; cli._parser(); print('tensorflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

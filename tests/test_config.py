@@ -1,0 +1,113 @@
+import dataclasses
+import json
+
+import pytest
+
+from aquila_jax import PRESETS, ModelConfig, UserError, preset
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        *(
+            ({field: value}, [field, repr(value)])
+            for field in (
+                "vocab_size",
+                "embed_dim",
+                "num_layers",
+                "num_heads",
+                "num_kv_heads",
+                "head_dim",
+                "mlp_dim",
+                "context_length",
+            )
+            for value in (0, -1, 2.0, True, "4")
+        ),
+        ({"num_heads": 5}, ["num_heads (5)", "num_kv_heads (2)"]),
+        ({"head_dim": 7}, ["head_dim (7)", "even"]),
+        ({"norm_eps": 0.0}, ["norm_eps (0.0)", "positive"]),
+        ({"norm_eps": float("nan")}, ["norm_eps (nan)", "positive"]),
+        ({"rope_theta": -1.0}, ["rope_theta (-1.0)", "positive"]),
+        ({"num_experts": 4}, ["experts_per_token (0)", "num_experts (4)"]),
+        ({"experts_per_token": 2}, ["experts_per_token (2)", "num_experts (0)"]),
+        (
+            {"num_experts": 4, "experts_per_token": 5},
+            ["experts_per_token (5)", "num_experts (4)"],
+        ),
+        ({"num_experts": -1, "experts_per_token": -1}, ["num_experts (-1)"]),
+    ],
+    ids=str,
+)
+def test_a_broken_invariant_names_its_values(tiny, changes, named):
+    with pytest.raises(UserError) as error:
+        dataclasses.replace(tiny, **changes)
+    for words in named:
+        assert words in str(error.value)
+
+
+# AquilaMoE (arXiv 2408.06567), Table 3: context, layers, hidden, FFN, heads, KV groups.
+PAPER = {
+    "aquila3_1_8b": (2048, 24, 2048, 5504, 32, 32),
+    "aquila3_8x1_8b": (2048, 24, 2048, 5504, 32, 32),
+    "aquila3_7b": (4096, 32, 4096, 14336, 32, 8),
+    "aquila3_16b": (4096, 40, 5120, 20480, 40, 8),
+    "aquila3_8x16b": (4096, 40, 5120, 20480, 40, 8),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_presets_are_the_papers(name):
+    config = preset(name)
+    sizes = (
+        config.context_length,
+        config.num_layers,
+        config.embed_dim,
+        config.mlp_dim,
+        config.num_heads,
+        config.num_kv_heads,
+    )
+    assert sizes == PAPER[name]
+    assert config.vocab_size == 151851
+    assert config.num_heads * config.head_dim == config.embed_dim
+    assert (config.rope_theta, config.norm_eps) == (1e6, 1e-5)
+    assert config.qkv_bias
+    assert not config.tie_embeddings
+    experts = (8, 2) if "8x" in name else (0, 0)
+    assert (config.num_experts, config.experts_per_token) == experts
+    assert config.is_moe == ("8x" in name)
+    assert config.renormalize_gates
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_config_survives_json(name):
+    config = preset(name)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_every_field_survives_a_dict(tiny):
+    changed = {
+        field.name: not value if isinstance(value, bool) else value * 2
+        for field in dataclasses.fields(tiny)
+        if (value := getattr(tiny, field.name)) or isinstance(value, bool)
+    }
+    config = ModelConfig.from_dict({**tiny.to_dict(), **changed})
+    assert config.to_dict() == {**tiny.to_dict(), **changed}
+    assert len(changed) == len(dataclasses.fields(tiny)) - 2
+
+
+def test_unknown_and_missing_fields_are_named(tiny):
+    with pytest.raises(UserError, match=r"hidden_size.*known are.*embed_dim"):
+        ModelConfig.from_dict({**tiny.to_dict(), "hidden_size": 3})
+    values = tiny.to_dict()
+    del values["embed_dim"]
+    with pytest.raises(UserError, match="embed_dim"):
+        ModelConfig.from_dict(values)
+
+
+def test_a_preset_takes_changes_and_an_unknown_one_is_listed():
+    changed = preset("aquila3_7b", num_layers=3)
+    assert changed == dataclasses.replace(PRESETS["aquila3_7b"], num_layers=3)
+    with pytest.raises(UserError, match=r"aquila9.*aquila3_7b"):
+        preset("aquila9")
+    with pytest.raises(UserError, match="layers_count"):
+        preset("aquila3_7b", layers_count=3)

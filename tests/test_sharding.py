@@ -1,0 +1,175 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from aquila_jax import Transformer, UserError, scale_up
+from aquila_jax.axes import BATCH, EMBED, MLP, TOKENS
+from aquila_jax.sharding import DEFAULT_RULES, Layout, MeshShape
+from aquila_jax.training.step import RouterLosses, loss_and_metrics
+
+MIXTURE = {"num_experts": 4, "experts_per_token": 2}
+
+
+@pytest.fixture(scope="module")
+def even(tiny):
+    """A decoder whose every axis divides by 2, and its width by 4."""
+    return dataclasses.replace(tiny, vocab_size=64)
+
+
+def layout(**sizes: int) -> Layout:
+    return Layout(MeshShape(**sizes).build())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "named"),
+    [
+        ({"data": 3}, ["data=3", "8 devices"]),
+        ({"data": 8, "model": 2}, ["data=8", "model=2", "8 devices"]),
+        ({"data": -1, "fsdp": 3}, ["data=-1", "fsdp=3", "8 devices"]),
+        ({"data": -1, "fsdp": 16}, ["fsdp=16", "8 devices"]),
+        ({"data": -1, "fsdp": -1}, ["data=-1", "fsdp=-1", "at most one -1"]),
+        ({"fsdp": 0}, ["fsdp=0", "positive"]),
+        ({"model": -2}, ["model=-2", "positive"]),
+    ],
+    ids=str,
+)
+def test_a_mesh_that_cannot_be_is_refused_with_its_sizes(sizes, named):
+    with pytest.raises(UserError) as error:
+        MeshShape(**sizes).build()
+    for words in named:
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({}, (8, 1, 1, 1)),
+        ({"fsdp": 2, "model": 2}, (2, 2, 1, 2)),
+        ({"data": 2, "fsdp": -1}, (2, 4, 1, 1)),
+        ({"data": 1, "expert": -1, "model": 2}, (1, 1, 4, 2)),
+        ({"fsdp": 8}, (1, 8, 1, 1)),
+    ],
+    ids=str,
+)
+def test_minus_one_takes_the_devices_that_are_left(sizes, expected):
+    assert tuple(MeshShape(**sizes).build().shape.values()) == expected
+
+
+def test_a_mesh_can_be_built_from_some_devices():
+    mesh = MeshShape(model=2).build(jax.devices()[:4])
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "expert": 1, "model": 2}
+    assert set(mesh.devices.flat) == set(jax.devices()[:4])
+
+
+def test_two_axes_on_one_mesh_axis_collide_and_name_the_parameter(even):
+    rules = {**DEFAULT_RULES, EMBED: ("model",)}
+    with pytest.raises(UserError, match=r"layers/attention/query.*embed.*twice.*model"):
+        Layout(MeshShape(model=2).build(), {**rules, "vocab": ()}).params(even)
+
+
+def test_a_mesh_axis_of_one_device_never_collides(even):
+    rules = {**DEFAULT_RULES, EMBED: ("model",)}
+    shardings = Layout(MeshShape(data=4, fsdp=2).build(), rules).params(even)
+    assert all(s.is_fully_replicated for s in jax.tree.leaves(shardings))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "named"),
+    [
+        ({"model": 4}, ["layers/attention/key", "kv_heads of 2", "4 devices", "model"]),
+        ({"fsdp": 8}, ["token_embedder/embedding", "embed of 12", "8 devices", "fsdp"]),
+        ({"expert": 8}, ["layers/moe/router", "experts of 4", "8 devices", "expert"]),
+    ],
+    ids=str,
+)
+def test_a_size_that_does_not_divide_names_parameter_axis_and_mesh(even, sizes, named):
+    with pytest.raises(UserError) as error:
+        layout(**sizes).params(dataclasses.replace(even, **MIXTURE))
+    for words in named:
+        assert words in str(error.value)
+
+
+def test_parameters_and_batch_are_split_as_the_rules_say(even):
+    placed = layout(data=2, fsdp=2, model=2)
+    shardings = placed.params(even)
+    attention = shardings["layers"]["attention"]
+    assert attention["query"].shard_shape((3, 12, 4, 6)) == (3, 6, 2, 6)
+    assert attention["out"].shard_shape((3, 4, 6, 12)) == (3, 2, 6, 6)
+    assert shardings["token_embedder"]["embedding"].shard_shape((64, 12)) == (32, 6)
+    assert placed.batch().shard_shape((8, 10)) == (2, 10)
+    assert placed.batch_shards == 4
+    assert placed.replicated().is_fully_replicated
+    assert placed.spec((BATCH, TOKENS, None, MLP)) == PartitionSpec(
+        ("data", "fsdp"), None, None, ("model",)
+    )
+
+
+def loss_and_gradients(config, params, batch, placed=None):
+    model = Transformer(config, layout=placed)
+    gradients = jax.value_and_grad(
+        lambda params: loss_and_metrics(model, RouterLosses(0.1, 0.1), params, batch)[0]
+    )
+    shardings = None if placed is None else (placed.replicated(), placed.params(config))
+    return jax.jit(gradients, out_shardings=shardings)(params)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(even, random_params, random_batch):
+    @functools.cache
+    def compute(config):
+        return loss_and_gradients(config, random_params(config), random_batch(config, rows=8))
+
+    return compute
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({}, {"data": 8}),
+        ({}, {"data": 2, "fsdp": 2, "model": 2}),
+        ({"tie_embeddings": True}, {"fsdp": 4, "model": 2}),
+        (MIXTURE, {"data": 2, "expert": 2, "model": 2}),
+        (MIXTURE, {"fsdp": 2, "expert": 4}),
+    ],
+    ids=str,
+)
+def test_loss_and_gradients_on_a_mesh_equal_those_on_one_device(
+    even, random_params, random_batch, on_one_device, changes, sizes
+):
+    config = dataclasses.replace(even, **changes)
+    placed = layout(**sizes)
+    params = jax.device_put(random_params(config), placed.params(config))
+    batch = jax.device_put(random_batch(config, rows=8), placed.batch())
+    on_mesh = loss_and_gradients(config, params, batch, placed)
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(on_mesh[1])) > 0.1
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5),
+        on_mesh,
+        on_one_device(config),
+    )
+
+
+@pytest.mark.parametrize("method", ["fpi", "aki_pro"])
+def test_growth_on_a_mesh_equals_growth_on_one_device(even, random_params, method):
+    target = dataclasses.replace(even, embed_dim=16, num_layers=4, num_heads=8, mlp_dim=28)
+    placed = layout(data=2, fsdp=2, model=2)
+    params = random_params(even)
+    grow = functools.partial(scale_up, config=even, target_config=target, method=method)
+    shardings = placed.params(target)
+    on_mesh = jax.jit(lambda params: grow(params).params, out_shardings=shardings)(
+        jax.device_put(params, placed.params(even))
+    )
+    assert jax.tree.map(lambda leaf: leaf.sharding, on_mesh) == shardings
+    assert on_mesh["layers"]["mlp"]["up"].addressable_shards[0].data.shape == (4, 8, 14)
+    jax.tree.map(np.testing.assert_array_equal, on_mesh, grow(params).params)
+
+
+def test_a_constraint_splits_an_activation(even):
+    placed = layout(data=2, fsdp=2, model=2)
+    x = jax.jit(lambda x: placed.constrain(2 * x, BATCH, None, MLP))(jnp.ones((8, 3, 20)))
+    assert x.addressable_shards[0].data.shape == (2, 3, 10)

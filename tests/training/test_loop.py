@@ -1,0 +1,213 @@
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from aquila_jax import UserError, scale_up
+from aquila_jax.growth import ScaleOut, ScaleUp
+from aquila_jax.sharding import MeshShape
+from aquila_jax.training import AdamW, Cosine, Interrupted, evaluate, grow, train
+from aquila_jax.training.checkpoints import open_existing
+from aquila_jax.training.run import build
+
+from .synthetic import MIXTURE, TINY, WIDER, Counting, tiny_run
+
+
+def _losses(model_dir):
+    rows = [json.loads(line) for line in (model_dir / "metrics.jsonl").open()]
+    return [(row["step"], row["loss"]) for row in rows if row["split"] == "train"]
+
+
+def _params(run):
+    checkpoints = open_existing(run.path)
+    abstract = build(run, 10).abstract.params
+    params = checkpoints.restore_params(checkpoints.latest_step or 0, abstract)
+    return jax.tree.map(np.asarray, params)
+
+
+def _assert_equal(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def test_a_run_learns_and_leaves_what_it_promises(tmp_path):
+    ledger = train(tiny_run(tmp_path, steps=30, eval_every=30, checkpoint_every=30))
+    stage = ledger.current
+    assert stage.validation_start is not None
+    assert stage.validation_end is not None
+    assert stage.validation_end["up"] < stage.validation_start["up"] - 0.5
+    assert stage.tokens == 30 * 8 * 16
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {
+        "checkpoints", "environment.json", "ledger.json", "metrics.jsonl", "model-info.txt",
+        "tensorboard",
+    }  # fmt: skip
+    assert not any(name.startswith(".") for name in names)
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_does_not(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(tiny_run(tmp_path / name, seed=seed))
+    assert _losses(tmp_path / "a") == _losses(tmp_path / "b")
+    assert _losses(tmp_path / "a") != _losses(tmp_path / "c")
+
+
+class _StopAt:
+    """Data that sends its own process a signal when batch number `number` is fetched."""
+
+    def __init__(self, number, signum):
+        self.number, self.signum, self.inner = number, signum, Counting()
+        self.batch_size, self.sequence_length = 8, 16
+        self.vocab_size = 32
+
+    def prepare(self):
+        pass
+
+    def validation_batches(self, num_batches):
+        return self.inner.validation_batches(num_batches)
+
+    def train_batches(self, start=0):
+        for number, batch in enumerate(self.inner.train_batches(start), start):
+            if number == self.number:
+                os.kill(os.getpid(), self.signum)
+            yield batch
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_to_the_same_end_as_one_left_alone(tmp_path, signum):
+    whole = tiny_run(tmp_path / "whole")
+    train(whole)
+    stopped = tiny_run(tmp_path / "stopped", data=_StopAt(3, signum))
+    with pytest.raises(Interrupted, match="saved at step 4 of 6; run the same command again"):
+        train(stopped)
+    resumed = tiny_run(tmp_path / "stopped")
+    train(resumed)
+    assert _losses(tmp_path / "stopped") == _losses(tmp_path / "whole")
+    _assert_equal(_params(resumed), _params(whole))
+
+
+def test_a_finished_run_does_nothing_again(tmp_path, capsys):
+    ledger = train(tiny_run(tmp_path))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert train(tiny_run(tmp_path)) == ledger
+    assert "has made all 6 steps" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_growth_happens_once_and_never_on_resume(tmp_path):
+    parent = tiny_run(tmp_path / "parent")
+    train(parent)
+    child = {"model": WIDER, "init_from": parent.model_dir, "growth": ScaleUp("aki_pro")}
+    run = tiny_run(tmp_path / "child", **child, data=_StopAt(1, signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        train(run)
+    checkpoints = open_existing(run.path)
+    first = checkpoints.restore_params(0, build(run, 10).abstract.params)
+    expected = scale_up(_params(parent), TINY, WIDER, method="aki_pro").params
+    _assert_equal(jax.tree.map(np.asarray, first), jax.tree.map(np.asarray, expected))
+
+    # The parent is gone: a resume that grew again could not.
+    (tmp_path / "parent").rename(tmp_path / "elsewhere")
+    ledger = train(tiny_run(tmp_path / "child", **child))
+    assert [stage.origin for stage in ledger.stages] == ["scratch", "scale_up"]
+    assert [step for step, _ in _losses(tmp_path / "child")] == [1, 2, 3, 4, 5, 6]
+    certificate = json.loads((tmp_path / "child" / "certificate.json").read_text())
+    assert (certificate["method"], certificate["exact"]) == ("aki_pro", False)
+
+
+def test_grow_makes_the_checkpoint_that_train_goes_on_from(tmp_path):
+    parent = tiny_run(tmp_path / "parent", model=WIDER)
+    train(parent)
+    child = {"model": MIXTURE, "init_from": parent.model_dir, "growth": ScaleOut()}
+    grow(tiny_run(tmp_path / "grown", **child))
+    with pytest.raises(UserError, match="already holds step 0"):
+        grow(tiny_run(tmp_path / "grown", **child))
+    grown = train(tiny_run(tmp_path / "grown", **child))
+    direct = train(tiny_run(tmp_path / "direct", **child))
+    assert grown.current.validation_start == direct.current.validation_start is not None
+    assert _losses(tmp_path / "grown") == _losses(tmp_path / "direct")
+
+
+def test_scale_out_starts_where_its_parent_ended(tmp_path):
+    parent = tiny_run(tmp_path / "parent", model=WIDER)
+    end = train(parent).current.validation_end
+    child = tiny_run(
+        tmp_path / "child", model=MIXTURE, init_from=parent.model_dir, growth=ScaleOut()
+    )
+    start = train(child).current.validation_start
+    assert end is not None
+    assert start is not None
+    np.testing.assert_allclose(list(start.values()), list(end.values()), rtol=1e-5)
+
+
+def test_a_control_spends_the_flops_of_the_lineage(tmp_path):
+    parent = tiny_run(tmp_path / "parent", model=WIDER)
+    train(parent)
+    child = tiny_run(
+        tmp_path / "child", model=MIXTURE, init_from=parent.model_dir, growth=ScaleOut()
+    )
+    spent = train(child).totals["flops"]
+    control = tiny_run(tmp_path / "control", model=MIXTURE, steps=0, match_flops_of=child.model_dir)
+    assert abs(train(control).totals["flops"] - spent) <= control.flops_per_step / 2
+
+
+def test_evaluate_repeats_the_last_validation(tmp_path):
+    run = tiny_run(tmp_path)
+    end = train(run).current.validation_end
+    assert end is not None
+    assert evaluate(run) == pytest.approx(dict(end), rel=1e-6)
+
+
+def test_eight_devices_train_as_one_does(tmp_path):
+    train(tiny_run(tmp_path / "one", model=MIXTURE, mesh=MeshShape(data=8)))
+    train(
+        tiny_run(
+            tmp_path / "many", model=MIXTURE, mesh=MeshShape(data=2, fsdp=2, expert=2, model=1)
+        )
+    )
+    one, many = _losses(tmp_path / "one"), _losses(tmp_path / "many")
+    np.testing.assert_allclose([loss for _, loss in many], [loss for _, loss in one], rtol=2e-4)
+
+
+def _is_unharmed(run, before):
+    _assert_equal(_params(run), before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": WIDER}, "holds another model: embed_dim is 16 there and 24 here"),
+        (
+            {"data": Counting(batch_size=6), "mesh": MeshShape(data=4, fsdp=2), "steps": 8},
+            "batch_size 6 does not divide over the 8 devices",
+        ),
+        ({"optimizer": AdamW(Cosine(1e-3, 50)), "steps": 8}, r"warmup_steps \(50\)"),
+    ],
+)
+def test_a_wrong_setting_is_refused_and_the_checkpoint_kept(tmp_path, changes, message):
+    run = tiny_run(tmp_path)
+    train(run)
+    before = _params(run)
+    with pytest.raises(UserError, match=message):
+        train(tiny_run(tmp_path, **changes))
+    _is_unharmed(run, before)
+
+
+def test_a_parent_without_checkpoints_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere holds no checkpoints"):
+        train(tiny_run(tmp_path / "child", init_from=str(tmp_path / "nowhere")))
+
+
+def test_a_parent_of_another_shape_asks_for_a_growth(tmp_path):
+    parent = tiny_run(tmp_path / "parent")
+    train(parent)
+    with pytest.raises(UserError, match="mlp_dim is 24 there and 40 here; set growth"):
+        train(tiny_run(tmp_path / "child", model=WIDER, init_from=parent.model_dir))
+
+
+def test_a_model_dir_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to MODEL_DIR .*file/run: Not a directory"):
+        train(tiny_run(tmp_path / "file" / "run"))
