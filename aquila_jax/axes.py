@@ -39,6 +39,10 @@ EXPERTS = "experts"
 VOCAB = "vocab"
 LAYERS = "layers"
 
+AXES = (
+    BATCH, TOKENS, EMBED, Q_HEADS, KV_HEADS, HEAD_DIM, MLP, EXPERTS, VOCAB, LAYERS
+)  # fmt: skip
+
 # Axes that stack equal things: neither read nor written by a matrix.
 STACK_AXES = (LAYERS, EXPERTS)
 

@@ -8,6 +8,7 @@ was asked for (one line says which), 128 + n stopped by signal n after saving.
 
 import argparse
 import difflib
+import logging
 import os
 import re
 import signal
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     bindings = [flag.removeprefix(_GIN_FLAG) for flag in rest if flag.startswith(_GIN_FLAG)]
     if unknown := [flag for flag in rest if not flag.startswith(_GIN_FLAG)]:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
+    # Orbax tells of every file it writes; a run tells of its checkpoints itself.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         return arguments.run_command(arguments, bindings)
     except UserError as error:

@@ -22,6 +22,8 @@ _COUNTS = (
     "mlp_dim",
     "context_length",
 )
+# Counts that are 0 in a dense model.
+_EXPERT_COUNTS = ("num_experts", "experts_per_token")
 
 
 @jax.tree_util.register_static
@@ -67,10 +69,11 @@ class ModelConfig:
     renormalize_gates: bool = True
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"ModelConfig.{name} must be a positive integer, not {value!r}")
+        for name in (*_COUNTS, *_EXPERT_COUNTS):
+            value, least = getattr(self, name), 0 if name in _EXPERT_COUNTS else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                kind = "an integer, 0 or more" if least == 0 else "a positive integer"
+                raise UserError(f"ModelConfig.{name} must be {kind}, not {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
@@ -83,7 +86,7 @@ class ModelConfig:
                 f"norm_eps ({self.norm_eps}) and rope_theta ({self.rope_theta}) must be positive"
             )
         k, num_experts = self.experts_per_token, self.num_experts
-        if num_experts < 0 or not (1 <= k <= num_experts or k == num_experts == 0):
+        if not (1 <= k <= num_experts or k == num_experts == 0):
             raise UserError(
                 f"experts_per_token ({k}) must lie between 1 and num_experts ({num_experts}), "
                 "or both be 0 for a dense model"

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aquila_jax import axes
@@ -61,8 +60,8 @@ class MeshShape:
         if math.prod(sizes) != len(devices):
             raise UserError(f"a mesh of {asked} does not multiply to {len(devices)} devices")
         # Auto: the compiler propagates shardings from parameters, batch and constraints.
-        grid = np.asarray(devices).reshape(sizes)
-        return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+        axis_types = (AxisType.Auto,) * len(sizes)
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=axis_types, devices=devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +71,36 @@ class Layout:
     Attributes:
         mesh: the devices.
         rules: logical axis -> mesh axes.
+
+    Raises:
+        UserError: a rule names an axis that is not in `axes.AXES`, or not in `MESH_AXES`.
     """
 
     mesh: Mesh
     rules: Mapping[str, tuple[str, ...]] = dataclasses.field(
         default_factory=lambda: dict(DEFAULT_RULES)
     )
+
+    def __post_init__(self) -> None:
+        for axis, mesh_axes in self.rules.items():
+            if axis not in axes.AXES:
+                raise UserError(
+                    f"sharding rule for unknown axis {axis!r}; there are {', '.join(axes.AXES)}"
+                )
+            if isinstance(mesh_axes, str) or not set(mesh_axes) <= set(MESH_AXES):
+                raise UserError(
+                    f"the sharding rule of {axis} must be a tuple of mesh axes, as in "
+                    f"('fsdp',), out of {', '.join(MESH_AXES)}; not {mesh_axes!r}"
+                )
+
+    @classmethod
+    def of(cls, mesh: Mesh, changes: Mapping[str, tuple[str, ...]]) -> "Layout":
+        """`DEFAULT_RULES` with some of them changed, on `mesh`.
+
+        Raises:
+            UserError: a rule names an unknown axis.
+        """
+        return cls(mesh, {**DEFAULT_RULES, **changes})
 
     def spec(self, logical: Sequence[str | None], name: str = "an array") -> PartitionSpec:
         """The partition of an array whose dimensions have these logical axes.

@@ -34,7 +34,8 @@ from aquila_jax import PRESETS, ModelConfig, UserError, preset
             {"num_experts": 4, "experts_per_token": 5},
             ["experts_per_token (5)", "num_experts (4)"],
         ),
-        ({"num_experts": -1, "experts_per_token": -1}, ["num_experts (-1)"]),
+        ({"num_experts": 4.0, "experts_per_token": 2}, ["num_experts", "4.0"]),
+        ({"num_experts": -1, "experts_per_token": -1}, ["num_experts", "-1"]),
     ],
     ids=str,
 )

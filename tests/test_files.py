@@ -11,7 +11,7 @@ def fail(*_args, **_kwargs):
     raise OSError("disk full")
 
 
-@pytest.mark.parametrize("call", ["fsync", "chmod", "replace"])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_write_that_fails_leaves_the_old_file_whole_and_no_other(tmp_path, monkeypatch, call):
     path = tmp_path / "ledger.json"
     path.write_text("old")
@@ -38,7 +38,9 @@ def test_the_new_text_is_durable_before_it_takes_the_name(tmp_path, monkeypatch)
     real = os.fsync
 
     def fsync(descriptor):
-        seen.append((path.read_text(), os.fstat(descriptor).st_size))
+        found = os.fstat(descriptor)
+        if stat.S_ISREG(found.st_mode):
+            seen.append((path.read_text(), found.st_size))
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)

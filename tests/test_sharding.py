@@ -72,6 +72,24 @@ def test_two_axes_on_one_mesh_axis_collide_and_name_the_parameter(even):
         Layout(MeshShape(model=2).build(), {**rules, "vocab": ()}).params(even)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embedding": ("fsdp",)}, "unknown axis 'embedding'; there are batch, "),
+        ({EMBED: ("fspd",)}, r"rule of embed must be a tuple .* not \('fspd',\)"),
+        ({EMBED: "fsdp"}, "rule of embed must be a tuple .* not 'fsdp'"),
+    ],
+)
+def test_a_rule_that_names_what_is_not_there_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        Layout.of(MeshShape().build(), changes)
+
+
+def test_changed_rules_keep_the_others():
+    rules = Layout.of(MeshShape().build(), {EMBED: ()}).rules
+    assert rules == {**DEFAULT_RULES, EMBED: ()}
+
+
 def test_a_mesh_axis_of_one_device_never_collides(even):
     rules = {**DEFAULT_RULES, EMBED: ("model",)}
     shardings = Layout(MeshShape(data=4, fsdp=2).build(), rules).params(even)

@@ -1,6 +1,7 @@
 """Packed, shuffled, resumable batches of the demonstration's text."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from aquila_jax.data import sources
-from aquila_jax.data.vocabulary import EOS_ID, load_tokenizer, train_sentencepiece
+from aquila_jax.data.vocabulary import EOS_ID, load_tokenizer, read_tokenizer, train_sentencepiece
 from aquila_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,6 +92,23 @@ class TextData:
         if not Path(self.tokenizer_path).exists():
             train_sentencepiece(texts, self.tokenizer_path, self.vocab_size)
         self._check_vocab_size()
+
+    def identity(self) -> dict[str, str]:
+        """Digests of what a checkpoint depends on: `vocabulary`, the ids' meaning, and `order`.
+
+        Equal `order` means equal batches, number by number; where the text lies does not matter.
+
+        Raises:
+            UserError: there is no tokenizer yet.
+        """
+        order = (
+            sorted(dict(self.mixture_rates).items()),
+            *(self.sequence_length, self.batch_size, self.seed, self.shuffle_buffer),
+        )
+        return {
+            "vocabulary": _digest(read_tokenizer(self.tokenizer_path)),
+            "order": _digest(repr(order).encode()),
+        }
 
     def train_batches(self, start: int = 0) -> Iterator[Batch]:
         """Yields training batches without end, batch number `start` first.
@@ -195,6 +213,10 @@ class TextData:
         options.threading.max_intra_op_parallelism = 1
         convert = seqio.LMFeatureConverter(pack=True)
         return convert(pieces, {FEATURE: self.sequence_length}).with_options(options)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _arrays(dataset: "tf.data.Dataset") -> Iterator[dict[str, np.ndarray]]:

@@ -13,6 +13,8 @@ __all__ = ["seqio", "tf"]
 
 # 2: errors only. Set before the import, and left alone where a person chose a level.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Nothing is computed with TensorFlow but batches, and its oneDNN kernels announce themselves.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 try:
     import tensorflow as tf

@@ -10,12 +10,12 @@ is no text: Python cannot encode it.)
 import io
 import itertools
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aquila_jax.errors import UserError
+from aquila_jax.files import write_bytes
 
 if TYPE_CHECKING:
     import sentencepiece
@@ -82,7 +82,8 @@ def train_sentencepiece(
             f"cannot train a tokenizer of {vocab_size} pieces on this text ({reason}): "
             "set TextData.vocab_size to another number"
         ) from error
-    _write_atomically(Path(path), model.getvalue())
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(Path(path), model.getvalue())
 
 
 def load_tokenizer(path: str | Path) -> "sentencepiece.SentencePieceProcessor":
@@ -93,7 +94,7 @@ def load_tokenizer(path: str | Path) -> "sentencepiece.SentencePieceProcessor":
     """
     import sentencepiece
 
-    model = _read_model(Path(path))
+    model = read_tokenizer(path)
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
@@ -121,7 +122,7 @@ def load_vocabulary(path: str | Path) -> "seqio.SentencePieceVocabulary":
 
     load_tokenizer(path)
     vocabulary = seqio.SentencePieceVocabulary(os.path.abspath(path), extra_ids=0)
-    if vocabulary.sp_model != _read_model(Path(path)):
+    if vocabulary.sp_model != read_tokenizer(path):
         raise UserError(
             f"tokenizer {path} changed after this process loaded it: start a new process, or set "
             "TextData.tokenizer_path to a new name"
@@ -129,12 +130,17 @@ def load_vocabulary(path: str | Path) -> "seqio.SentencePieceVocabulary":
     return vocabulary
 
 
-def _read_model(path: Path) -> bytes:
-    if not path.is_file():
+def read_tokenizer(path: str | Path) -> bytes:
+    """The content of the tokenizer's file.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not Path(path).is_file():
         raise UserError(
             f"no tokenizer at {path}: call TextData.prepare(), or set TextData.tokenizer_path"
         )
-    return path.read_bytes()
+    return Path(path).read_bytes()
 
 
 def _sample_lines(texts: Iterable[str]) -> Iterator[str]:
@@ -150,14 +156,3 @@ def _sample_lines(texts: Iterable[str]) -> Iterator[str]:
         # A line is taken where the running count share * index passes a whole number.
         if int(share * (index + 1)) > int(share * index):
             yield line
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own per writer: several processes may prepare the same text at once.
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        file.write(content)
-    os.chmod(file.name, 0o644)  # Temporary files are their owner's alone.
-    os.replace(file.name, path)

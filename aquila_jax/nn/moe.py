@@ -88,7 +88,13 @@ class MixtureOfExperts(nn.Module):
         """The residual update, in `dtype`; leaves losses and load in the `ROUTER` collection."""
         config = self.config
         router_DE = declare(self, config, "layers/moe/router")
-        logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(router_DE.dtype), router_DE)
+        # A TPU would multiply float32 in bfloat16 passes, and choices hang on small differences.
+        logits_BTE = jnp.einsum(
+            "BTD,DE->BTE",
+            x_BTD.astype(router_DE.dtype),
+            router_DE,
+            precision=jax.lax.Precision.HIGHEST,
+        )
         routing = route(
             logits_BTE,
             is_token_BT,

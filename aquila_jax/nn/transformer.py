@@ -173,8 +173,8 @@ def forward(
         batch: `tokens`, `segment_ids` and `positions`, int32 `[B, T]`.
 
     Returns:
-        Logits `[B, T, V]`, and of a mixture the fields of `Routing` that are summed over tokens,
-        stacked by layer: `load_balance_loss` and `router_z_loss` `[L]`, `load_E` `[L, E]`.
+        Logits `[B, T, V]`, and of a mixture the means over tokens that `Routing` holds, stacked
+        by layer: `load_balance_loss` and `router_z_loss` `[L]`, `load_E` `[L, E]`.
     """
     logits_BTV, variables = model.apply(
         {"params": params},

@@ -1,8 +1,9 @@
 """Checkpoints of a run, by Orbax: parameters, optimizer state, and what describes them."""
 
-import logging
+import errno
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +14,28 @@ from aquila_jax.training.step import TrainState
 
 CHECKPOINT_DIR = "checkpoints"
 
-# Orbax tells of every file it writes; a run tells of checkpoints itself.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# TensorStore reports what the file system refuses as a ValueError with the system's words in it.
+_DISK_PROBLEMS = tuple(
+    os.strerror(number)
+    for number in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EIO,
+        errno.EFBIG,
+    )
+)
 
 
 class Checkpoints:
     """The checkpoints under one MODEL_DIR.
 
-    Each holds `params`, `opt_state` and `meta` (JSON: configuration, ledger, certificate), so
-    that a growth can read the parameters alone. Orbax writes under a temporary name and renames,
-    so a directory named by its step is complete.
+    Each holds `params`, `opt_state` and `meta` (JSON: configuration, ledger, the data's identity),
+    so that a growth can read the parameters alone. Orbax writes under a temporary name and
+    renames, so a directory named by its step is complete. A context manager: leaving it releases
+    Orbax's threads.
     """
 
     def __init__(self, model_dir: Path, *, keep: int = 2, read_only: bool = False) -> None:
@@ -58,7 +71,8 @@ class Checkpoints:
         try:
             self._manager.save(step, args=items, force=True)
         except (OSError, ValueError, RuntimeError) as error:
-            # TensorStore reports a full disk as a ValueError.
+            if not _is_of_the_disk(error):
+                raise
             kept = f"step {self.latest_step} is kept" if self.latest_step is not None else "none"
             raise UserError(
                 f"could not save a checkpoint of step {step} under {self._directory} "
@@ -67,33 +81,51 @@ class Checkpoints:
             ) from error
 
     def read_meta(self, step: int) -> dict[str, Any]:
-        """What describes the checkpoint of `step`."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
-            "meta"
-        ]
+        """What describes the checkpoint of `step`.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        return self._restore(step, meta=ocp.args.JsonRestore())["meta"]
 
     def restore_state(self, step: int, abstract: TrainState) -> TrainState:
-        """The whole state, on the shardings of `abstract`."""
-        items = self._manager.restore(
+        """The whole state, on the shardings of `abstract`.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        items = self._restore(
             step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params),
-                opt_state=ocp.args.StandardRestore(abstract.opt_state),
-            ),
+            params=ocp.args.StandardRestore(abstract.params),
+            opt_state=ocp.args.StandardRestore(abstract.opt_state),
         )
         # A jitted copy puts the scalar where the step expects it.
         place = jax.jit(lambda: jnp.asarray(step, jnp.int32), out_shardings=abstract.step.sharding)
         return TrainState(place(), items["params"], items["opt_state"])
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
-        """The parameters alone, on the shardings of `abstract_params`."""
-        items = self._manager.restore(
-            step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params))
-        )
-        return items["params"]
+        """The parameters alone, on the shardings of `abstract_params`.
 
-    def close(self) -> None:
-        """Release Orbax's threads."""
+        Raises:
+            UserError: they cannot be read.
+        """
+        return self._restore(step, params=ocp.args.StandardRestore(abstract_params))["params"]
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+            others = sorted(set(self._manager.all_steps()) - {step})
+            rest = f"go on from step {others[-1]}" if others else "start again"
+            raise UserError(
+                f"checkpoint {self._directory / str(step)} cannot be read ({_first_line(error)}): "
+                f"move it out of {self._directory.name}/ to {rest}"
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
         self._manager.close()
 
 
@@ -107,8 +139,13 @@ def open_existing(model_dir: Path) -> Checkpoints:
         raise UserError(f"{model_dir} holds no checkpoints: train it first, or name another one")
     checkpoints = Checkpoints(model_dir, read_only=True)
     if checkpoints.latest_step is None:
+        checkpoints.__exit__()
         raise UserError(f"{model_dir} holds no complete checkpoint: train it first")
     return checkpoints
+
+
+def _is_of_the_disk(error: BaseException) -> bool:
+    return isinstance(error, OSError) or any(words in str(error) for words in _DISK_PROBLEMS)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,41 +1,28 @@
 """Validation of a run's newest checkpoint, without training."""
 
-import jax
-import jax.numpy as jnp
-
-from aquila_jax import axes
 from aquila_jax.config import ModelConfig
-from aquila_jax.errors import UserError
 from aquila_jax.evaluation.perplexity import make_eval_step, validation_losses
-from aquila_jax.nn import Transformer
-from aquila_jax.sharding import DEFAULT_RULES, Layout
 from aquila_jax.training.checkpoints import open_existing
-from aquila_jax.training.run import TrainRun, differences
+from aquila_jax.training.run import TrainRun, abstract_params, model_on_mesh, place_batch
+from aquila_jax.training.start import check_vocabulary
 
 
 def evaluate(run: TrainRun) -> dict[str, float]:
     """Loss in nats per token of the newest checkpoint of MODEL_DIR, by language and "mean".
 
     Raises:
-        UserError: there is no checkpoint, or it holds another model.
+        UserError: there is no checkpoint, or it holds another model or vocabulary.
     """
-    checkpoints = open_existing(run.path)
-    step = checkpoints.latest_step or 0
-    saved = ModelConfig.from_dict(checkpoints.read_meta(step)["config"])
-    if saved != run.model:
-        raise UserError(
-            f"{run.model_dir} holds another model: {differences(saved, run.model)}; choose "
-            "another MODEL_DIR, or the settings it was made with"
-        )
-    layout = Layout(run.mesh.build(), {**DEFAULT_RULES, **run.sharding_rules})
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        axes.abstract_params(saved),
-        layout.params(saved),
-    )
-    params = checkpoints.restore_params(step, abstract)
-    checkpoints.close()
-    run.data.prepare()
-    model = Transformer(saved, dtype=jnp.dtype(run.dtype))
-    batches = run.data.validation_batches(run.eval_batches)
+    with open_existing(run.path) as checkpoints:
+        step = checkpoints.latest_step or 0
+        meta = checkpoints.read_meta(step)
+        run.check_own(ModelConfig.from_dict(meta["config"]))
+        model, layout = model_on_mesh(run)
+        run.data.prepare()
+        check_vocabulary(run.data, meta, run.model_dir)
+        params = checkpoints.restore_params(step, abstract_params(run.model, layout))
+    batches = {
+        language: [place_batch(batch, layout) for batch in batches]
+        for language, batches in run.data.validation_batches(run.eval_batches).items()
+    }
     return validation_losses(make_eval_step(model), params, batches)

@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
+import itertools
 import platform
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,8 +23,12 @@ from aquila_jax.files import write_json, write_text
 from aquila_jax.training.checkpoints import Checkpoints
 from aquila_jax.training.ledger import Ledger
 from aquila_jax.training.metrics import MetricsWriter, Progress
-from aquila_jax.training.run import Compiled, TrainRun, build
+from aquila_jax.training.run import Compiled, TrainRun, build, place_batch
 from aquila_jax.training.start import Start, begin, read_ledger
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Whose versions a result depends on.
+_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class Interrupted(Exception):  # noqa: N818 - it was asked for: not an error
@@ -52,25 +59,20 @@ def train(run: TrainRun, *, operative_config: str = "") -> Ledger:
     """
     steps = run.resolve_steps()
     _make_directory(run.path)
-    checkpoints = Checkpoints(run.path, keep=run.keep_checkpoints)
-    ledger = read_ledger(checkpoints)
-    if ledger is not None and ledger.current.model == run.model and _is_finished(ledger, steps):
-        # A crash between the last checkpoint and its ledger file would leave the file behind.
-        ledger.write(run.path)
-        checkpoints.close()
-        print(f"{run.name}: {run.model_dir} has made all {steps} steps", file=sys.stderr)
-        return ledger
-    compiled = build(run, steps)
-    run.data.prepare()
-    with _named_disk_errors(run.path):
-        start = begin(run, compiled, checkpoints, steps)
-        _describe(run, compiled, operative_config)
-        session = _Session(run, compiled, checkpoints, steps, start)
-        try:
-            return session.run_to_end()
-        finally:
-            session.close()
-            checkpoints.close()
+    with Checkpoints(run.path, keep=run.keep_checkpoints) as checkpoints:
+        ledger = read_ledger(checkpoints)
+        if ledger is not None and _is_finished(run, ledger, steps):
+            # A crash between the last checkpoint and its ledger file leaves the file behind.
+            ledger.write(run.path)
+            print(f"{run.name}: {run.model_dir} has made all {steps} steps", file=sys.stderr)
+            return ledger
+        compiled = build(run, steps)
+        run.data.prepare()
+        with _named_disk_errors(run.path):
+            start = begin(run, compiled, checkpoints, steps)
+            _describe(run, compiled, operative_config)
+            with contextlib.closing(_Session(run, compiled, checkpoints, steps, start)) as session:
+                return session.run_to_end()
 
 
 def grow(run: TrainRun, *, operative_config: str = "") -> Ledger:
@@ -85,19 +87,19 @@ def grow(run: TrainRun, *, operative_config: str = "") -> Ledger:
         raise UserError("growth is None: set TrainRun.growth to @ScaleUp() or @ScaleOut()")
     steps = run.resolve_steps()
     _make_directory(run.path)
-    checkpoints = Checkpoints(run.path, keep=run.keep_checkpoints)
-    if checkpoints.latest_step is not None:
-        raise UserError(
-            f"{run.model_dir} already holds step {checkpoints.latest_step}: growth happens "
-            "once; choose another MODEL_DIR"
-        )
-    compiled = build(run, steps)
-    with _named_disk_errors(run.path):
-        start = begin(run, compiled, checkpoints, steps)
-        _describe(run, compiled, operative_config)
-        checkpoints.save(start.state, _meta(run, start.ledger))
-        start.ledger.write(run.path)
-        checkpoints.close()
+    with Checkpoints(run.path, keep=run.keep_checkpoints) as checkpoints:
+        if checkpoints.latest_step is not None:
+            raise UserError(
+                f"{run.model_dir} already holds step {checkpoints.latest_step}: growth happens "
+                "once; choose another MODEL_DIR"
+            )
+        compiled = build(run, steps)
+        run.data.prepare()
+        with _named_disk_errors(run.path):
+            start = begin(run, compiled, checkpoints, steps)
+            _describe(run, compiled, operative_config)
+            checkpoints.save(start.state, _meta(run, start.ledger))
+            start.ledger.write(run.path)
     print(f"{run.name}: {start.reason}, saved in {run.model_dir}", file=sys.stderr)
     return start.ledger
 
@@ -118,7 +120,8 @@ class _Session:
         self.is_new = start.is_new
         self.metrics = MetricsWriter(run.path, int(start.state.step))
         self.progress = Progress(run.name, steps, int(start.state.step))
-        self.progress.say(start.reason)
+        for line in start.reason.splitlines():
+            self.progress.say(line)
         self.eval_step = make_eval_step(compiled.model)
         self.schedule = run.optimizer.schedule.build(steps)
         self.validation: Mapping[str, list[Any]] = {}
@@ -130,7 +133,7 @@ class _Session:
     def run_to_end(self) -> Ledger:
         """Every step that is left."""
         self.validation = {
-            language: [self._place(batch) for batch in batches]
+            language: [place_batch(batch, self.compiled.layout) for batch in batches]
             for language, batches in self.run.data.validation_batches(self.run.eval_batches).items()
         }
         if self.ledger.current.validation_start is None and not self.ledger.current.steps:
@@ -139,39 +142,46 @@ class _Session:
             self._save()
         first = int(self.state.step)
         batches = self.run.data.train_batches(start=first)
+        # Reads past what earlier sessions used, which may take a while: still before the signals.
+        batches = itertools.chain([next(batches)], batches)
         self.logged = (time.monotonic(), self.ledger.current.tokens)
         with _stop_on_signal() as asked:
-            for step in range(first + 1, self.steps + 1):
-                self._train_one(step, next(batches))
+            for step, batch in zip(range(first + 1, self.steps + 1), batches, strict=False):
+                self._train_one(step, batch)
                 if step % self.run.eval_every == 0 or step == self.steps:
                     self._validate()
                 stop = bool(asked)  # read once: what is announced below has been saved
                 if step % self.run.checkpoint_every == 0 or step == self.steps or stop:
                     self._save()
-                if stop and step < self.steps:
-                    raise Interrupted(
-                        asked[0],
-                        f"{self.run.name}: stopped and saved at step {step} of {self.steps}; run "
-                        "the same command again to go on",
-                    )
-        loss = (self.ledger.current.validation_end or {})["mean"]
-        self.progress.say(f"finished: validation loss {loss:.4f}, kept in {self.run.model_dir}")
+                if stop:
+                    break
+        done = self.ledger.current.steps
+        if done == self.steps:
+            loss = (self.ledger.current.validation_end or {})["mean"]
+            self.progress.say(f"finished: validation loss {loss:.4f}, kept in {self.run.model_dir}")
+        if asked:
+            raise Interrupted(
+                asked[0],
+                f"{self.run.name}: stopped and saved at step {done} of {self.steps}; run the same "
+                "command again to go on",
+            )
         return self.ledger
 
     def _train_one(self, step: int, batch: dict[str, np.ndarray]) -> None:
-        self.state, metrics = self.compiled.train_step(self.state, self._place(batch))
+        on_devices = place_batch(batch, self.compiled.layout)
+        self.state, metrics = self.compiled.train_step(self.state, on_devices)
         stage, tokens = self.ledger.current, int(batch["loss_weights"].sum())
         self.ledger = self.ledger.update(
             steps=step,
             tokens=stage.tokens + tokens,
             flops=stage.flops + self.run.flops_per_step,
-            seconds=time.monotonic() - self.clock_start,
         )
         if step % self.run.log_every and step not in (1, self.steps):
             self.progress.update(step, None, 0.0)
             return
         # Fetching a value waits for the step, so only rows that are kept pay for it.
         values = {name: float(value) for name, value in metrics.items()}
+        self._read_clock()
         now, total = time.monotonic(), self.ledger.current.tokens
         values["tokens_per_second"] = (total - self.logged[1]) / (now - self.logged[0])
         self.logged = (now, total)
@@ -180,25 +190,35 @@ class _Session:
         self.metrics.write("train", self.ledger, values)
         self.progress.update(step, values["loss"], values["tokens_per_second"])
 
-    def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        sharding = self.compiled.layout.batch()
-        return {name: jax.device_put(array, sharding) for name, array in batch.items()}
+    def _read_clock(self) -> None:
+        """Brings the ledger's seconds up to date; call it when the devices have been waited for."""
+        self.ledger = self.ledger.update(seconds=time.monotonic() - self.clock_start)
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """What happens inside is not training: tokens per second leave its time out."""
+        jax.block_until_ready(self.state.step)
+        began = time.monotonic()
+        yield
+        since, tokens = self.logged
+        self.logged = (since + time.monotonic() - began, tokens)
 
     def _validate(self) -> None:
-        losses = validation_losses(self.eval_step, self.state.params, self.validation)
+        with self._aside():
+            losses = validation_losses(self.eval_step, self.state.params, self.validation)
         which = "validation_start" if self.ledger.current.steps == 0 else "validation_end"
-        self.ledger = self.ledger.update(
-            **{which: losses}, seconds=time.monotonic() - self.clock_start
-        )
+        self.ledger = self.ledger.update(**{which: losses})
+        self._read_clock()
         row = {f"loss_{name}": loss for name, loss in losses.items() if name != "mean"}
-        self.logged = (time.monotonic(), self.ledger.current.tokens)
         self.metrics.write("validation", self.ledger, {"loss": losses["mean"], **row})
         by_language = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         self.progress.say(f"step {self.ledger.current.steps}: validation loss {by_language}")
 
     def _save(self) -> None:
-        self.checkpoints.save(self.state, _meta(self.run, self.ledger))
-        self.ledger.write(self.run.path)
+        with self._aside():
+            self._read_clock()
+            self.checkpoints.save(self.state, _meta(self.run, self.ledger))
+            self.ledger.write(self.run.path)
 
     def close(self) -> None:
         """Close files and the bar."""
@@ -206,12 +226,27 @@ class _Session:
         self.metrics.close()
 
 
-def _is_finished(ledger: Ledger, steps: int) -> bool:
-    return ledger.current.steps >= steps
+def _is_finished(run: TrainRun, ledger: Ledger, steps: int) -> bool:
+    """Whether MODEL_DIR has made exactly the steps that are asked for.
+
+    Raises:
+        UserError: it has made more, or holds another model.
+    """
+    run.check_own(ledger.current.model)
+    if ledger.current.steps > steps:
+        raise UserError(
+            f"{run.model_dir} has made {ledger.current.steps} steps, more than the {steps} asked "
+            f"for: set steps to at least {ledger.current.steps}, or choose another MODEL_DIR"
+        )
+    return ledger.current.steps == steps
 
 
 def _meta(run: TrainRun, ledger: Ledger) -> dict[str, Any]:
-    return {"config": run.model.to_dict(), "ledger": ledger.to_dict()}
+    return {
+        "config": run.model.to_dict(),
+        "ledger": ledger.to_dict(),
+        "data": dict(run.data.identity()),
+    }
 
 
 def _make_directory(path: Path) -> None:
@@ -255,27 +290,36 @@ def _describe(run: TrainRun, compiled: Compiled, operative_config: str) -> None:
     write_text(run.path / "model-info.txt", "\n".join(lines) + "\n")
     environment = {
         "python": platform.python_version(),
-        "jax": jax.__version__,
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
         "machine": f"{platform.system()} {platform.machine()}",
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "mesh": dict(compiled.layout.mesh.shape),
-        "run": dataclasses.asdict(run.mesh),
+        "mesh_asked": dataclasses.asdict(run.mesh),
     }
     write_json(run.path / "environment.json", environment)
 
 
 @contextlib.contextmanager
 def _stop_on_signal() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM append to, once; a second signal is not caught."""
+    """A list that SIGINT and SIGTERM append to, once; a second signal is not caught.
+
+    In a thread, where Python allows no handlers, the list stays empty.
+    """
     asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    # None is a handler that was not set from Python, and could not be set again.
+    previous = {signum: signal.getsignal(signum) or signal.SIG_DFL for signum in _STOP_SIGNALS}
 
     def ask(signum: int, frame: Any) -> None:
         asked.append(signum)
         for signal_number in previous:
             signal.signal(signal_number, signal.SIG_DFL)
 
-    previous = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for signum in previous:
+            signal.signal(signum, ask)
         yield asked
     finally:
         for signum, handler in previous.items():

@@ -16,7 +16,7 @@ from aquila_jax.errors import UserError
 from aquila_jax.growth import ScaleOut, ScaleUp
 from aquila_jax.nn import Transformer
 from aquila_jax.nn.transformer import REMAT_POLICIES
-from aquila_jax.sharding import DEFAULT_RULES, Layout, MeshShape
+from aquila_jax.sharding import Layout, MeshShape
 from aquila_jax.training.checkpoints import CHECKPOINT_DIR, open_existing
 from aquila_jax.training.ledger import Ledger, steps_for_flops
 from aquila_jax.training.optimizer import AdamW
@@ -54,6 +54,10 @@ class Data(Protocol):
 
     def prepare(self) -> None:
         """Make what is made once, or raise `UserError` for what is missing."""
+        ...
+
+    def identity(self) -> Mapping[str, str]:
+        """Digests of `vocabulary`, what ids mean, and of `order`, which batch comes when."""
         ...
 
     def train_batches(self, start: int = 0) -> Iterator[NumpyBatch]:
@@ -118,7 +122,9 @@ class TrainRun:
     def __post_init__(self) -> None:
         if not self.model_dir:
             raise UserError("model_dir is empty: name a directory, as in --gin.MODEL_DIR=\"'...'\"")
-        if bool(self.steps > 0) == bool(self.match_flops_of):
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
+            raise UserError(f"steps must be a whole number, 0 or more, not {self.steps!r}")
+        if bool(self.steps) == bool(self.match_flops_of):
             raise UserError(
                 f"set exactly one of steps (now {self.steps}) and match_flops_of "
                 f"(now {self.match_flops_of!r})"
@@ -134,8 +140,9 @@ class TrainRun:
             "keep_checkpoints",
             "log_every",
         ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} must be a whole number, at least 1, not {value!r}")
         self._check_data()
         if self.growth is not None and not self.init_from:
             raise UserError(f"{self.growth} grows nothing: set init_from to the parent's MODEL_DIR")
@@ -179,6 +186,18 @@ class TrainRun:
                 "growth to scale it up or out"
             )
 
+    def check_own(self, saved: ModelConfig) -> None:
+        """A checkpoint of MODEL_DIR holds `model`.
+
+        Raises:
+            UserError: it holds another one.
+        """
+        if saved != self.model:
+            raise UserError(
+                f"{self.model_dir} holds another model: {differences(saved, self.model)}; choose "
+                "another MODEL_DIR, or the settings it was made with"
+            )
+
     def resolve_steps(self) -> int:
         """`steps`, or as many as spend the FLOPs of `match_flops_of`.
 
@@ -187,9 +206,8 @@ class TrainRun:
         """
         if self.steps:
             return self.steps
-        checkpoints = open_existing(Path(self.match_flops_of))
-        meta = checkpoints.read_meta(checkpoints.latest_step or 0)
-        checkpoints.close()
+        with open_existing(Path(self.match_flops_of)) as checkpoints:
+            meta = checkpoints.read_meta(checkpoints.latest_step or 0)
         ledger = Ledger.from_dict(meta["ledger"])
         stage = ledger.current
         if stage.steps < stage.planned_steps:
@@ -234,7 +252,28 @@ def build(run: TrainRun, steps: int) -> Compiled:
     Raises:
         UserError: mesh, sharding or batch do not fit the devices or the model.
     """
-    layout = Layout(run.mesh.build(), {**DEFAULT_RULES, **run.sharding_rules})
+    model, layout = model_on_mesh(run)
+    optimizer = run.optimizer.build(steps, axes.parameters(run.model))
+    shapes = jax.eval_shape(
+        lambda params: new_state(params, optimizer), axes.abstract_params(run.model)
+    )
+    abstract = _placed(shapes, state_shardings(shapes, layout, run.model))
+    train_step = make_train_step(model, optimizer, run.router_losses)
+    return Compiled(model, layout, optimizer, train_step, abstract)
+
+
+def model_on_mesh(run: TrainRun) -> tuple[Transformer, Layout]:
+    """The decoder of `run`, and where its parameters and batches go.
+
+    Raises:
+        UserError: mesh, sharding rules or batch do not fit the devices.
+    """
+    if jax.process_count() > 1:
+        raise UserError(
+            f"this is one of {jax.process_count()} processes, and a run over several hosts is not "
+            "supported yet: run on one host"
+        )
+    layout = Layout.of(run.mesh.build(), run.sharding_rules)
     if run.data.batch_size % layout.batch_shards:
         raise UserError(
             f"batch_size {run.data.batch_size} does not divide over the {layout.batch_shards} "
@@ -243,17 +282,30 @@ def build(run: TrainRun, steps: int) -> Compiled:
     # Constraints on one device say nothing, and hide what the compiler could fuse.
     shown = layout if layout.mesh.size > 1 else None
     model = Transformer(run.model, dtype=jnp.dtype(run.dtype), remat=run.remat, layout=shown)
-    optimizer = run.optimizer.build(steps, axes.parameters(run.model))
-    shapes = jax.eval_shape(
-        lambda params: new_state(params, optimizer), axes.abstract_params(run.model)
-    )
-    abstract = jax.tree.map(
+    return model, layout
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        state_shardings(shapes, layout, run.model),
+        shardings,
     )
-    train_step = make_train_step(model, optimizer, run.router_losses)
-    return Compiled(model, layout, optimizer, train_step, abstract)
+
+
+def abstract_params(config: ModelConfig, layout: Layout) -> Any:
+    """Shapes, dtypes and shardings of the parameters of `config`.
+
+    Raises:
+        UserError: they do not fit the mesh.
+    """
+    return _placed(axes.abstract_params(config), layout.params(config))
+
+
+def place_batch(batch: Mapping[str, np.ndarray], layout: Layout) -> dict[str, jax.Array]:
+    """A batch on the devices, its rows in shards."""
+    sharding = layout.batch()
+    return {name: jax.device_put(array, sharding) for name, array in batch.items()}
 
 
 def check(run: TrainRun) -> list[str]:
@@ -268,9 +320,8 @@ def check(run: TrainRun) -> list[str]:
     if run.init_from and not (Path(run.init_from) / CHECKPOINT_DIR).is_dir():
         notes.append(f"init_from {run.init_from} does not exist yet: its model was not read")
     elif run.init_from:
-        checkpoints = open_existing(Path(run.init_from))
-        meta = checkpoints.read_meta(checkpoints.latest_step or 0)
-        checkpoints.close()
+        with open_existing(Path(run.init_from)) as checkpoints:
+            meta = checkpoints.read_meta(checkpoints.latest_step or 0)
         run.check_parent(ModelConfig.from_dict(meta["config"]))
     steps = run.steps
     if not steps and (Path(run.match_flops_of) / CHECKPOINT_DIR).is_dir():

@@ -1,20 +1,20 @@
 """How a run begins: t5x's restart order, with growth applied exactly once."""
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from aquila_jax import axes
 from aquila_jax.config import ModelConfig
 from aquila_jax.errors import UserError
 from aquila_jax.files import write_json
 from aquila_jax.growth import Certificate, apply_plan
 from aquila_jax.training.checkpoints import Checkpoints, open_existing
 from aquila_jax.training.ledger import Ledger, Stage
-from aquila_jax.training.run import Compiled, TrainRun, differences
+from aquila_jax.training.run import Compiled, Data, TrainRun, abstract_params
 from aquila_jax.training.step import TrainState, new_state
 
 CERTIFICATE_FILE = "certificate.json"
@@ -26,7 +26,7 @@ class Start(NamedTuple):
     Attributes:
         state: the state to train on from.
         ledger: of the lineage, this run's stage last.
-        reason: one line for the log.
+        reason: one line for the log, and one for whatever changed since the last time.
         is_new: whether nothing has been saved yet.
     """
 
@@ -65,31 +65,43 @@ def read_ledger(checkpoints: Checkpoints) -> Ledger | None:
 def _resume(run: TrainRun, compiled: Compiled, checkpoints: Checkpoints, steps: int) -> Start:
     step = checkpoints.latest_step or 0
     meta = checkpoints.read_meta(step)
-    saved = ModelConfig.from_dict(meta["config"])
-    if saved != run.model:
-        raise UserError(
-            f"{run.model_dir} holds another model: {differences(saved, run.model)}; choose "
-            "another MODEL_DIR, or the settings it was made with"
-        )
+    run.check_own(ModelConfig.from_dict(meta["config"]))
+    check_vocabulary(run.data, meta, run.model_dir)
     state = checkpoints.restore_state(step, compiled.abstract)
     reason = f"resumed from step {step} in {run.model_dir}"
-    ledger = Ledger.from_dict(meta["ledger"]).update(planned_steps=steps)
-    return Start(state, ledger, reason, is_new=False)
+    ledger = Ledger.from_dict(meta["ledger"])
+    if ledger.current.planned_steps != steps:
+        reason += (
+            f"\nsteps were {ledger.current.planned_steps} and are {steps} now: the learning rate "
+            f"goes on by the schedule of {steps}"
+        )
+    if meta["data"]["order"] != run.data.identity()["order"]:
+        reason += "\nthe data's settings have changed: batches from here on are other ones"
+    return Start(state, ledger.update(planned_steps=steps), reason, is_new=False)
+
+
+def check_vocabulary(data: Data, meta: Mapping[str, Any], model_dir: str) -> None:
+    """The checkpoint that `meta` describes was trained on the same token ids.
+
+    Raises:
+        UserError: its tokenizer was another one.
+    """
+    saved, given = meta["data"]["vocabulary"], data.identity()["vocabulary"]
+    if saved != given:
+        raise UserError(
+            f"{model_dir} was trained with another tokenizer (digest {saved}, now {given}): its "
+            "embeddings mean other tokens; use the tokenizer it was trained with"
+        )
 
 
 def _from_parent(run: TrainRun, compiled: Compiled, steps: int) -> Start:
-    parent = open_existing(Path(run.init_from))
-    parent_step = parent.latest_step or 0
-    meta = parent.read_meta(parent_step)
-    source = ModelConfig.from_dict(meta["config"])
-    run.check_parent(source)
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        axes.abstract_params(source),
-        compiled.layout.params(source),
-    )
-    params = parent.restore_params(parent_step, abstract)
-    parent.close()
+    with open_existing(Path(run.init_from)) as parent:
+        parent_step = parent.latest_step or 0
+        meta = parent.read_meta(parent_step)
+        source = ModelConfig.from_dict(meta["config"])
+        run.check_parent(source)
+        check_vocabulary(run.data, meta, run.init_from)
+        params = parent.restore_params(parent_step, abstract_params(source, compiled.layout))
     reason = f"from step {parent_step} of {run.init_from}"
     origin, method = "restored", ""
     if run.growth is not None:

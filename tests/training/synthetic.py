@@ -36,6 +36,9 @@ class Counting:
     def prepare(self) -> None:
         pass
 
+    def identity(self) -> dict[str, str]:
+        return {"vocabulary": str(self.vocab_size), "order": str(self.seed)}
+
     def train_batches(self, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
         number = start
         while True:

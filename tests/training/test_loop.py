@@ -1,15 +1,18 @@
 import json
 import os
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from aquila_jax import UserError, scale_up
 from aquila_jax.growth import ScaleOut, ScaleUp
 from aquila_jax.sharding import MeshShape
-from aquila_jax.training import AdamW, Cosine, Interrupted, evaluate, grow, train
+from aquila_jax.training import AdamW, Cosine, Interrupted, evaluate, grow, loop, train
 from aquila_jax.training.checkpoints import open_existing
 from aquila_jax.training.run import build
 
@@ -65,6 +68,9 @@ class _StopAt:
     def prepare(self):
         pass
 
+    def identity(self):
+        return self.inner.identity()
+
     def validation_batches(self, num_batches):
         return self.inner.validation_batches(num_batches)
 
@@ -86,6 +92,92 @@ def test_a_stopped_run_goes_on_to_the_same_end_as_one_left_alone(tmp_path, signu
     train(resumed)
     assert _losses(tmp_path / "stopped") == _losses(tmp_path / "whole")
     _assert_equal(_params(resumed), _params(whole))
+
+
+def test_a_signal_during_the_last_step_stops_what_would_come_next(tmp_path):
+    run = tiny_run(tmp_path, data=_StopAt(5, signal.SIGTERM))
+    with pytest.raises(Interrupted, match="saved at step 6 of 6") as stop:
+        train(run)
+    assert stop.value.signum == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert train(tiny_run(tmp_path)).current.steps == 6
+
+
+def test_a_run_in_a_thread_leaves_signals_alone(tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        ledger = pool.submit(train, tiny_run(tmp_path)).result()
+    assert ledger.current.steps == 6
+
+
+def test_seconds_and_rates_count_training_and_not_what_lies_between(tmp_path, monkeypatch):
+    slow = loop.validation_losses
+
+    def slow_validation(*arguments):
+        time.sleep(1.0)
+        return slow(*arguments)
+
+    monkeypatch.setattr(loop, "validation_losses", slow_validation)
+    train(tiny_run(tmp_path / "parent"))
+    train(tiny_run(tmp_path / "run", steps=12, eval_every=6, checkpoint_every=100))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    rates = {row["step"]: row["tokens_per_second"] for row in rows if row["split"] == "train"}
+    # The seventh step follows a validation of a second; 128 tokens in that second would be 128.
+    assert rates[7] > 5 * 128
+    assert rows[-1]["seconds"] > 3.0
+
+
+def test_more_steps_made_than_asked_for_is_refused(tmp_path):
+    train(tiny_run(tmp_path))
+    with pytest.raises(UserError, match="has made 6 steps, more than the 4 asked for"):
+        train(tiny_run(tmp_path, steps=4))
+
+
+def test_what_changed_since_the_last_time_is_said(tmp_path, capsys):
+    train(tiny_run(tmp_path))
+    capsys.readouterr()
+    train(tiny_run(tmp_path, steps=8, data=Counting(seed=5)))
+    said = capsys.readouterr().err
+    assert "steps were 6 and are 8 now" in said
+    assert "the data's settings have changed" in said
+    train(tiny_run(tmp_path, steps=9, data=Counting(seed=5)))
+    assert "data's settings" not in capsys.readouterr().err
+
+
+def test_another_tokenizer_is_refused_on_resume_growth_and_evaluation(tmp_path):
+    class OtherWords(Counting):
+        def identity(self):
+            return {**super().identity(), "vocabulary": "other"}
+
+    run = tiny_run(tmp_path / "run")
+    train(run)
+    message = "run was trained with another tokenizer"
+    with pytest.raises(UserError, match=message):
+        train(tiny_run(tmp_path / "run", steps=8, data=OtherWords()))
+    with pytest.raises(UserError, match=message):
+        evaluate(tiny_run(tmp_path / "run", data=OtherWords()))
+    child = {"model": WIDER, "init_from": run.model_dir, "growth": ScaleUp()}
+    with pytest.raises(UserError, match=message):
+        train(tiny_run(tmp_path / "child", **child, data=OtherWords()))
+
+
+def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path):
+    run = tiny_run(tmp_path)
+    train(run)
+    newest = tmp_path / "checkpoints" / "6"
+    (newest / "meta" / "metadata").write_text("{")
+    with pytest.raises(UserError, match=r"checkpoints/6 cannot be read .* go on from step 3"):
+        train(tiny_run(tmp_path, steps=8))
+    newest.rename(tmp_path / "damaged")
+    assert train(tiny_run(tmp_path, steps=8)).current.steps == 8
+
+
+def test_what_is_not_the_disks_fault_is_not_called_so(tmp_path, monkeypatch):
+    def broken(*_arguments, **_settings):
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", broken)
+    with pytest.raises(ValueError, match="a defect"):
+        train(tiny_run(tmp_path))
 
 
 def test_a_finished_run_does_nothing_again(tmp_path, capsys):

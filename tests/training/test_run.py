@@ -16,8 +16,11 @@ from .synthetic import MIXTURE, TINY, WIDER, Counting, tiny_run
     [
         ({"steps": 0}, "exactly one of steps"),
         ({"match_flops_of": "somewhere"}, "exactly one of steps"),
+        ({"steps": -5, "match_flops_of": "somewhere"}, "steps must be a whole number.*-5"),
+        ({"steps": 2.5}, "steps must be a whole number, 0 or more, not 2.5"),
+        ({"eval_every": 2.5}, "eval_every must be a whole number, at least 1, not 2.5"),
         ({"remat": "some"}, "no remat 'some'; there are none, dots, full"),
-        ({"eval_every": 0}, "eval_every must be at least 1, not 0"),
+        ({"eval_every": 0}, "eval_every must be a whole number, at least 1, not 0"),
         ({"data": Counting(vocab_size=64)}, "vocab_size 64 is larger than the model's 32"),
         ({"data": Counting(sequence_length=32)}, "sequence_length 32 is longer than .* 16"),
         ({"growth": ScaleUp()}, "set init_from"),
