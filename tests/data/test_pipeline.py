@@ -51,6 +51,21 @@ def test_no_tensorflow_until_text_is_read(text_data: TextData):
     assert result.stdout + result.stderr == ""
 
 
+def test_identity_tells_the_ids_and_the_order_and_not_where_the_text_lies(
+    text_data: TextData, tmp_path: Path
+):
+    identity = text_data.identity()
+    copy = tmp_path / "copy.model"
+    copy.write_bytes(Path(text_data.tokenizer_path).read_bytes())
+    moved = dataclasses.replace(text_data, tokenizer_path=str(copy))
+    assert moved.identity() == identity
+    other = dataclasses.replace(text_data, seed=text_data.seed + 1).identity()
+    assert other["vocabulary"] == identity["vocabulary"]
+    assert other["order"] != identity["order"]
+    copy.write_bytes(copy.read_bytes() + b"\0")
+    assert moved.identity()["vocabulary"] != identity["vocabulary"]
+
+
 def test_batches_have_the_promised_shapes_and_types(text_data: TextData):
     dtypes = {
         "tokens": np.int32,
