@@ -12,7 +12,6 @@ from aquila_jax.axes import (
     KV_HEADS,
     MLP,
     Q_HEADS,
-    VOCAB,
     axis_size,
 )
 from aquila_jax.config import ModelConfig
@@ -36,6 +35,11 @@ class AxisMap:
         return np.array_equal(self.index, np.arange(self.source_size))
 
     @property
+    def growth(self) -> float:
+        """Target units for every source unit."""
+        return len(self.index) / self.source_size
+
+    @property
     def copies(self) -> np.ndarray:
         """c, int `[target]`: how many target units share the source of unit j."""
         return np.bincount(self.index, minlength=self.source_size)[self.index]
@@ -53,32 +57,29 @@ def circular(source: int, target: int) -> AxisMap:
     return AxisMap(np.arange(target) % source, source)
 
 
-def within_groups(groups: int, source: int, target: int) -> AxisMap:
-    """`circular` inside each of `groups` equal blocks of the axis.
+def within_groups(source: ModelConfig, target: ModelConfig) -> AxisMap:
+    """Query heads: a target's group takes a whole group of the source, its heads `circular`.
 
     A query head stays with the key and value it attends to: AquilaMoE's AKI-Pro for
-    grouped-query attention (arXiv 2408.06567, section on GQA).
-
-    Args:
-        groups: KV groups, the same in source and target.
-        source: units in all groups of the source, a multiple of `groups`.
-        target: units in all groups of the target, a multiple of `groups`.
+    grouped-query attention (arXiv 2408.06567, section on GQA). Target group k takes source group
+    k mod K, as its key and value do.
     """
-    per_group_source, per_group_target = source // groups, target // groups
-    group, head = np.divmod(np.arange(target), per_group_target)
-    return AxisMap(group * per_group_source + head % per_group_source, source)
+    group, head = np.divmod(np.arange(target.num_heads), target.heads_per_group)
+    taken = (group % source.num_kv_heads) * source.heads_per_group + head % source.heads_per_group
+    return AxisMap(taken, source.num_heads)
 
 
 def width_maps(source: ModelConfig, target: ModelConfig) -> Mapping[str, AxisMap]:
     """The map of every width axis from `source` to `target`.
 
-    Expects configurations that `aquila_jax.growth.check_growth` accepts.
+    Expects configurations that `aquila_jax.growth.check_growth` accepts. The vocabulary is not
+    here: new tokens copy none.
     """
     maps = {
         axis: circular(axis_size(source, axis), axis_size(target, axis))
-        for axis in (EMBED, MLP, KV_HEADS, HEAD_DIM, VOCAB)
+        for axis in (EMBED, MLP, KV_HEADS, HEAD_DIM)
     }
-    maps[Q_HEADS] = within_groups(source.num_kv_heads, source.num_heads, target.num_heads)
+    maps[Q_HEADS] = within_groups(source, target)
     if source.is_moe:
         maps[EXPERTS] = circular(source.num_experts, target.num_experts)
     return maps

@@ -1,12 +1,10 @@
 """The two public growths: `scale_up` (wider, deeper) and `scale_out` (into experts)."""
 
 import dataclasses
-import types
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from aquila_jax.config import ModelConfig
 from aquila_jax.errors import UserError
@@ -14,7 +12,7 @@ from aquila_jax.growth.certificate import Certificate, certificate_of
 from aquila_jax.growth.compose import Plan, apply_plan, check_plan, check_source
 from aquila_jax.growth.depth import DEPTH_MAPS
 from aquila_jax.growth.upcycle import upcycle_plan
-from aquila_jax.growth.width import aki_plan, fpi_plan, is_fpi_exact, is_same_shape
+from aquila_jax.growth.width import OPERATORS, Options, width_plan
 
 
 class GrowthResult(NamedTuple):
@@ -31,25 +29,13 @@ class GrowthResult(NamedTuple):
     certificate: Certificate
 
 
-class _Method(NamedTuple):
-    plan: Callable[[ModelConfig, ModelConfig, np.ndarray], Plan]
-    is_exact: Callable[[ModelConfig, ModelConfig], bool]
-    default_depth: str
+METHODS = tuple(OPERATORS)
+SPLITS = ("even", "uneven")
+HEAD_FILLS = ("mean", "zero")
 
-
-METHODS: Mapping[str, _Method] = types.MappingProxyType(
-    {
-        "fpi": _Method(fpi_plan, is_fpi_exact, "interpolation"),
-        "aki": _Method(aki_plan, is_same_shape, "stacking"),
-        "aki_pro": _Method(aki_plan, is_same_shape, "interpolation"),
-    }
-)
-
-_MAY_GROW = ("embed_dim", "num_layers", "num_heads", "mlp_dim")
+_MAY_GROW = ("embed_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size")
 _WHY_KEPT = {
     "head_dim": "rotary frequencies depend on it",
-    "num_kv_heads": "query heads grow inside their KV group",
-    "vocab_size": "the tokenizer stays",
     "num_experts": "use scale_out to add experts",
     "experts_per_token": "use scale_out to add experts",
 }
@@ -64,19 +50,36 @@ def scale_up(
     *,
     method: str = "aki_pro",
     depth: str | None = None,
+    split: str = "even",
+    noise: float = 0.0,
+    new_head: str = "mean",
+    seed: int = 0,
 ) -> GrowthResult:
     """Initialise a wider and deeper model from a trained one.
 
-    Pure: runs eagerly, under `jax.jit` and under `jax.eval_shape`, and leaves `params` alone.
+    Pure: runs eagerly, under `jax.jit` and under `jax.eval_shape`, with the same bits, and leaves
+    `params` alone.
 
     Args:
         params: the source's parameters, as nested dicts of arrays.
         config: the source's configuration.
-        target_config: the wanted one; embed_dim, num_heads, mlp_dim and num_layers may grow.
-        method: "fpi" (copies, exact for whole multiples of the width and equal depth), "aki"
-            (new units from the layer above, layers stacked) or "aki_pro" (AKI with layers
-            interpolated).
-        depth: "stacking" or "interpolation"; None takes the method's own.
+        target_config: the wanted one; embed_dim, num_heads, num_kv_heads, mlp_dim, num_layers and
+            vocab_size may grow. Whole KV groups are copied (not by "aki" and "aki_pro", which
+            keep their number).
+        method: "fpi" (copies; exact in width for whole multiples of it), "isometric" (scaled
+            copies; exact at any width), "zero_pad" (new channels zero, new units unread; exact),
+            "aki" and "aki_pro" (new units from the layer above; not exact), "latent" (new units
+            from the layer above, unread at first; exact).
+        depth: "stacking", "interpolation", "solar" or "identity" (inserted layers add nothing;
+            exact); None takes the method's own: stacking for "aki", interpolation for "fpi" and
+            "aki_pro", else identity.
+        split: "even", or "uneven": copies are read in random parts, which tells them apart and
+            keeps exactness (LEMON). Changes nothing where new units are unread.
+        noise: standard deviation of normal noise on new units of matrices, in units of a freshly
+            initialised matrix's; not exact unless 0.
+        new_head: logits of new tokens: "mean" of the others' weights, or "zero". Their embedding
+            is the mean.
+        seed: of uneven parts and noise.
 
     Returns:
         The grown `(params, config, certificate)`; dtype as in the source.
@@ -93,36 +96,13 @@ def scale_up(
         (4, 128, 6, 32)
 
     References:
-        AquilaMoE (arXiv 2408.06567), sections on Scale-Up and AKI-Pro.
+        AquilaMoE (arXiv 2408.06567), sections on Scale-Up and AKI-Pro; LEMON (arXiv 2310.07999).
     """
-    plan, certificate = plan_scale_up(config, target_config, method=method, depth=depth)
+    growth = ScaleUp(method, depth, split, noise, new_head, seed)
+    plan, certificate = growth.plan(config, target_config)
     check_source(params, config)
-    grown = apply_plan(plan, params, target_config, key=None)
+    grown = apply_plan(plan, params, target_config, key=jax.random.key(seed))
     return GrowthResult(grown, target_config, certificate)
-
-
-def plan_scale_up(
-    config: ModelConfig, target_config: ModelConfig, *, method: str, depth: str | None = None
-) -> tuple[Plan, Certificate]:
-    """The checked plan of `scale_up` and its certificate, without any parameters.
-
-    Raises:
-        UserError: the target cannot be reached from the source.
-    """
-    if method not in METHODS:
-        raise UserError(f"no growth method {method!r}; there are {', '.join(METHODS)}")
-    depth = METHODS[method].default_depth if depth is None else depth
-    if depth not in DEPTH_MAPS:
-        raise UserError(f"no depth method {depth!r}; there are {', '.join(DEPTH_MAPS)}")
-    check_growth(config, target_config)
-    layers = DEPTH_MAPS[depth](config.num_layers, target_config.num_layers)
-    plan = METHODS[method].plan(config, target_config, layers)
-    check_plan(plan, config, target_config)
-    exact = METHODS[method].is_exact(config, target_config)
-    certificate = certificate_of(
-        plan, config, target_config, method=method, depth=depth, exact=exact
-    )
-    return plan, certificate
 
 
 def check_growth(source: ModelConfig, target: ModelConfig) -> None:
@@ -144,11 +124,97 @@ def check_growth(source: ModelConfig, target: ModelConfig) -> None:
                 f"cannot grow with {name} {old} in the source and {new} in the target: {why}; "
                 f"set the target's {name} to {old}"
             )
+    if target.heads_per_group < source.heads_per_group:
+        raise UserError(
+            f"cannot grow {source.heads_per_group} query heads a KV group into "
+            f"{target.heads_per_group}: groups are copied whole; set the target's num_heads to at "
+            f"least {target.num_kv_heads * source.heads_per_group}"
+        )
     if target.tie_embeddings and not source.tie_embeddings:
         raise UserError(
             "cannot grow an untied head into tied embeddings: set the target's "
             "tie_embeddings to False"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleUp:
+    """`scale_up` as a value: a setting of a run, or a growth from disk to disk.
+
+    Attributes:
+        method: "fpi", "isometric", "zero_pad", "aki", "aki_pro" or "latent".
+        depth: "stacking", "interpolation", "solar" or "identity"; None takes the method's own.
+        split: "even" or "uneven".
+        noise: on new units, in units of a fresh matrix's deviation.
+        new_head: "mean" or "zero": what the head gives new tokens.
+        seed: of uneven parts.
+    """
+
+    method: str = "aki_pro"
+    depth: str | None = None
+    split: str = "even"
+    noise: float = 0.0
+    new_head: str = "mean"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_name("growth method", self.method, METHODS)
+        if self.depth is not None:
+            _check_name("depth method", self.depth, DEPTH_MAPS)
+        _check_name("split", self.split, SPLITS)
+        _check_name("new_head", self.new_head, HEAD_FILLS)
+        if self.noise < 0:
+            raise UserError(f"noise must not be negative, but is {self.noise}")
+
+    @property
+    def kind(self) -> str:
+        """Its name in ledgers."""
+        return "scale_up"
+
+    def plan(self, source: ModelConfig, target: ModelConfig) -> tuple[Plan, Certificate]:
+        """How every leaf of `target` comes from `source`, checked, without any parameters.
+
+        Raises:
+            UserError: `target` cannot be reached.
+        """
+        check_growth(source, target)
+        operator = OPERATORS[self.method]
+        self._check_groups_and_head(source, target)
+        depth_name = self.depth or operator.depth
+        depth = DEPTH_MAPS[depth_name](source.num_layers, target.num_layers)
+        options = Options(self.split == "uneven", self.noise, self.new_head, self.seed)
+        plan = width_plan(operator, source, target, depth, options)
+        check_plan(plan, source, target)
+        certificate = certificate_of(
+            plan,
+            source,
+            target,
+            method=self.method + (", uneven" if options.uneven else ""),
+            depth=depth_name,
+            exact=operator.keeps_width(source, target)
+            and depth.is_exact
+            and all(rule.noise is None for rule in plan.values()),
+        )
+        return plan, certificate
+
+    def _check_groups_and_head(self, source: ModelConfig, target: ModelConfig) -> None:
+        groups = (source.num_kv_heads, target.num_kv_heads)
+        if groups[0] != groups[1] and self.method in ("aki", "aki_pro"):
+            raise UserError(
+                f"{self.method} cannot grow num_kv_heads from {groups[0]} to {groups[1]}: query "
+                f"heads grow inside their KV group; set the target's num_kv_heads to {groups[0]}, "
+                "or take another method"
+            )
+        if self.new_head == "zero" and target.tie_embeddings:
+            raise UserError(
+                "new_head='zero' needs a head of its own: set the target's tie_embeddings to "
+                "False, or new_head to 'mean'"
+            )
+
+
+def _check_name(what: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise UserError(f"no {what} {name!r}; there are {', '.join(known)}")
 
 
 def scale_out(
@@ -191,32 +257,6 @@ def scale_out(
     check_source(params, config)
     target = certificate.target
     return GrowthResult(apply_plan(plan, params, target, key), target, certificate)
-
-
-@dataclasses.dataclass(frozen=True)
-class ScaleUp:
-    """`scale_up` as a setting of a run.
-
-    Attributes:
-        method: "fpi", "aki" or "aki_pro".
-        depth: "stacking" or "interpolation"; None takes the method's own.
-    """
-
-    method: str = "aki_pro"
-    depth: str | None = None
-
-    @property
-    def kind(self) -> str:
-        """Its name in ledgers."""
-        return "scale_up"
-
-    def plan(self, source: ModelConfig, target: ModelConfig) -> tuple[Plan, Certificate]:
-        """How every leaf of `target` comes from `source`.
-
-        Raises:
-            UserError: `target` cannot be reached.
-        """
-        return plan_scale_up(source, target, method=self.method, depth=self.depth)
 
 
 @dataclasses.dataclass(frozen=True)

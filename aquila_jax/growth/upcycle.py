@@ -1,9 +1,12 @@
 """Scale-Out: a dense model's MLPs become the experts of a mixture."""
 
+import numpy as np
+
 from aquila_jax import axes
-from aquila_jax.axes import EXPERTS
+from aquila_jax.axes import EXPERTS, LAYERS, MLP
 from aquila_jax.config import ModelConfig
-from aquila_jax.growth.compose import Fresh, Mapped, Plan
+from aquila_jax.growth.compose import Plan
+from aquila_jax.growth.rules import Experts, Fresh, Mapped
 
 
 def upcycle_plan(target: ModelConfig, router_std: float) -> Plan:
@@ -19,13 +22,17 @@ def upcycle_plan(target: ModelConfig, router_std: float) -> Plan:
     References:
         Sparse Upcycling (Komatsuzaki et al., arXiv 2212.05055); AquilaMoE (arXiv 2408.06567).
     """
+    layers = np.arange(target.num_layers)
+    units = np.tile(np.arange(target.mlp_dim), (target.num_experts, 1))
     plan: dict[str, Mapped | Fresh] = {}
     for path, parameter in axes.parameters(target).items():
+        stacked = layers if LAYERS in parameter.axes else None
         if EXPERTS in parameter.writes:
             plan[path] = Fresh(router_std)
         elif EXPERTS in parameter.axes:
-            dim = parameter.axes.index(EXPERTS)
-            plan[path] = Mapped(path.replace("/moe/", "/mlp/"), repeat=(dim, target.num_experts))
+            dim = parameter.axes.index(MLP) - 1
+            experts = Experts(dim, units, None, f"{target.num_experts} equal experts")
+            plan[path] = Mapped(path.replace("/moe/", "/mlp/"), layers=stacked, experts=experts)
         else:
-            plan[path] = Mapped(path)
+            plan[path] = Mapped(path, layers=stacked)
     return plan

@@ -1,59 +1,138 @@
-"""Width operators: a scale for every axis a parameter reads or writes.
+"""Width operators: along every axis, what a copy is multiplied by when written and when read.
 
-The same axis maps serve every operator; an operator is only its scales, and whether new units
-look at the layer above. See the table in `docs/growth.md`.
+The same axis maps serve every operator. Unit j of the target copies unit g[j] of the source, is
+written times s[j] and read times r[j]. The function is kept when
+
+    the copies of every unit have s r in sum 1                      (hidden units, heads)
+    and the copies of every residual channel have s^2 in sum D'/D   (RMSNorm's mean is kept),
+
+or when s is 0, or r is 0, for a copy that does not count. Norm gains and epsilon stay as they
+are. See the derivation in `docs/growth.md`.
 """
 
-from collections.abc import Mapping
+import dataclasses
+import types
+import zlib
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from aquila_jax import axes
-from aquila_jax.axes import LAYERS, VOCAB, Parameter
+from aquila_jax.axes import EMBED, LAYERS, VOCAB, Parameter
 from aquila_jax.config import ModelConfig
 from aquila_jax.growth.axis_map import AxisMap, width_maps
-from aquila_jax.growth.compose import Mapped, Plan, Take, UpperLayer
+from aquila_jax.growth.depth import Depth
+from aquila_jax.growth.rules import Extend, Mapped, Noise, Take, UpperLayer
 
 
-def fpi_plan(source: ModelConfig, target: ModelConfig, layers: np.ndarray) -> Plan:
-    """Function-preserving initialisation: copy what is written, divide what is read.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scales:
+    """What the copies along one axis are multiplied by.
 
-    Exact when the depth is kept and the target's width is a whole multiple of the source's:
-    otherwise channels copied once more than others weigh more in RMSNorm's mean square.
-
-    Args:
-        source: configuration of the source.
-        target: configuration of the target.
-        layers: int `[target layers]`, the source layer of each target layer.
-
-    References:
-        Net2Net (Chen et al., arXiv 1511.05641); bert2BERT (Chen et al., arXiv 2110.07143);
-        AquilaMoE (arXiv 2408.06567).
+    Attributes:
+        write: s, float64 `[target]`.
+        read: r, float64 `[target]`.
+        is_split: whether copies share the reading, so that it may be split unevenly.
     """
-    return _plan(source, target, layers, upper_layers=None)
+
+    write: np.ndarray
+    read: np.ndarray
+    is_split: bool = True
 
 
-def aki_plan(source: ModelConfig, target: ModelConfig, layers: np.ndarray) -> Plan:
-    """Advanced knowledge initialisation: FPI, but new units come from the layer above.
+def copied(axis_map: AxisMap) -> Scales:
+    """Net2Net: written as they are, read in equal parts."""
+    return Scales(np.ones(len(axis_map.index)), 1.0 / axis_map.copies)
 
-    New query heads, MLP units and residual channels of a layer's matrices are taken from source
-    layer l + 1 after the same expansion of its inputs (the last layer from itself), which breaks
-    the symmetry between copies. Embedding, head and norms stay FPI. Not function preserving.
 
-    References:
-        bert2BERT (arXiv 2110.07143); AquilaMoE (arXiv 2408.06567).
+def isometric(axis_map: AxisMap) -> Scales:
+    """Copies written so that the mean square over channels is kept at any ratio."""
+    write = np.sqrt(axis_map.growth / axis_map.copies)
+    return Scales(write, 1.0 / (axis_map.copies * write))
+
+
+def padded(axis_map: AxisMap) -> Scales:
+    """New channels start at zero, and are read as if they were copies."""
+    scale = np.sqrt(axis_map.growth)
+    write = np.where(axis_map.is_new, 0.0, scale)
+    return Scales(write, np.full(len(axis_map.index), 1.0 / scale), is_split=False)
+
+
+def unread(axis_map: AxisMap) -> Scales:
+    """New units are written in full, and read by zeros."""
+    return Scales(np.ones(len(axis_map.index)), np.where(axis_map.is_new, 0.0, 1.0), is_split=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """A width operator.
+
+    Attributes:
+        residual: scales of the residual channels.
+        hidden: scales of query heads, KV groups and MLP units.
+        uses_upper: whether new units hold what the layer above has for them.
+        depth: the depth operator that it is used with unless another is named.
     """
-    upper_layers = np.minimum(layers + 1, source.num_layers - 1)
-    return _plan(source, target, layers, upper_layers)
+
+    residual: Callable[[AxisMap], Scales]
+    hidden: Callable[[AxisMap], Scales]
+    uses_upper: bool
+    depth: str
+
+    def keeps_width(self, source: ModelConfig, target: ModelConfig) -> bool:
+        """Whether the function survives the width of `target`, depth aside."""
+        maps = width_maps(source, target)
+        if all(axis_map.is_identity for axis_map in maps.values()):
+            return True
+        hidden_is_exact = not self.uses_upper or self.hidden is unread
+        whole = target.embed_dim % source.embed_dim == 0
+        return hidden_is_exact and (whole or self.residual is not copied)
 
 
-def _plan(
-    source: ModelConfig,
-    target: ModelConfig,
-    layers: np.ndarray,
-    upper_layers: np.ndarray | None,
-) -> Plan:
+OPERATORS: Mapping[str, Operator] = types.MappingProxyType(
+    {
+        # Net2Net (arXiv 1511.05641), bert2BERT (arXiv 2110.07143), AquilaMoE (arXiv 2408.06567).
+        "fpi": Operator(copied, copied, uses_upper=False, depth="interpolation"),
+        # LEMON (arXiv 2310.07999) for RMSNorm: exact at any ratio.
+        "isometric": Operator(isometric, copied, uses_upper=False, depth="identity"),
+        "zero_pad": Operator(padded, unread, uses_upper=False, depth="identity"),
+        "aki": Operator(copied, copied, uses_upper=True, depth="stacking"),
+        "aki_pro": Operator(copied, copied, uses_upper=True, depth="interpolation"),
+        # Ours: AKI's knowledge on the way in, nothing on the way out until training reads it.
+        "latent": Operator(padded, unread, uses_upper=True, depth="identity"),
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What may be chosen beside the operator.
+
+    Attributes:
+        uneven: whether reading is split into random parts, which tells copies apart (LEMON).
+        noise: standard deviation of noise on new units, in units of a fresh matrix's.
+        new_head: what the head gives new tokens: "mean" of the others' or "zero".
+        seed: of the random parts.
+    """
+
+    uneven: bool = False
+    noise: float = 0.0
+    new_head: str = "mean"
+    seed: int = 0
+
+
+def width_plan(
+    operator: Operator, source: ModelConfig, target: ModelConfig, depth: Depth, options: Options
+) -> dict[str, Mapped]:
+    """The rule of every leaf of `target`."""
     maps = width_maps(source, target)
+    scales = {
+        axis: (operator.residual if axis == EMBED else operator.hidden)(axis_map)
+        for axis, axis_map in maps.items()
+    }
+    if options.uneven:
+        scales = {axis: _unevenly(scales[axis], maps[axis], axis, options.seed) for axis in maps}
+    above = np.minimum(depth.layers + 1, source.num_layers - 1) if operator.uses_upper else None
     plan = {}
     for path, parameter in axes.parameters(target).items():
         # A head that was tied takes its rows from the embedding.
@@ -61,19 +140,32 @@ def _plan(
         stacked = LAYERS in parameter.axes
         plan[path] = Mapped(
             source="token_embedder/embedding" if untied else path,
-            takes=_takes(parameter, maps, fold_head=target.tie_embeddings),
-            layers=layers if stacked else None,
-            upper=_upper(parameter, maps, upper_layers) if stacked else None,
             transpose=untied,
+            extend=_new_tokens(parameter, source, target, options),
+            layers=depth.layers if stacked else None,
+            takes=_takes(parameter, maps, scales, operator.uses_upper, target.tie_embeddings),
+            upper=_upper(parameter, maps, above) if stacked else None,
+            silent=depth.silent if _is_silenced(parameter) and depth.silent.any() else None,
+            noise=_noise(parameter, maps, target, options),
         )
     return plan
 
 
-def _takes(parameter: Parameter, maps: Mapping[str, AxisMap], fold_head: bool) -> tuple[Take, ...]:
+def _takes(
+    parameter: Parameter,
+    maps: Mapping[str, AxisMap],
+    scales: Mapping[str, Scales],
+    uses_upper: bool,
+    fold_head: bool,
+) -> tuple[Take, ...]:
     """One entry for every dimension that changes.
 
-    With tied embeddings the head cannot be divided without dividing the embedding, so the final
-    norm's gain, which only the head reads, takes the division.
+    With tied embeddings the head reads what the embedding writes, so the final norm's gain,
+    which only the head reads, takes what is left: r / s.
+
+    A gradient is what comes in times what comes back: the units that a matrix reads hold s times
+    the source's values, and those it writes receive r times the source's gradients. Copies that
+    start at zero, or hold another layer's values, receive what the source cannot tell.
     """
     is_final_norm = parameter.is_gain and LAYERS not in parameter.axes
     takes = []
@@ -81,34 +173,76 @@ def _takes(parameter: Parameter, maps: Mapping[str, AxisMap], fold_head: bool) -
         axis_map = maps.get(axis)
         if axis_map is None or axis_map.is_identity:
             continue
-        divided = axis in parameter.reads or (fold_head and is_final_norm)
-        scale = 1.0 / axis_map.copies if divided and axis != VOCAB else None
-        takes.append(Take(dim, axis_map.index, scale))
+        write, read = scales[axis].write, scales[axis].read
+        is_told = ~axis_map.is_new if uses_upper and axis != EMBED else np.ones(len(write), bool)
+        if axis in parameter.reads:
+            scale, gradient = read, np.where(is_told, write, 0)
+        elif axis in parameter.writes:
+            scale, gradient = write, np.where(write > 0, read, 0)
+        elif parameter.is_gain and is_final_norm and fold_head:
+            scale, gradient = np.divide(read, write, out=read.copy(), where=write > 0), write**2
+        elif parameter.is_gain:
+            scale, gradient = np.ones(len(write)), write * read
+        else:
+            scale = gradient = np.ones(len(write))
+        takes.append(Take(dim, axis_map.index, _unless_one(scale), _unless_one(gradient)))
     return tuple(takes)
 
 
+def _unless_one(factors: np.ndarray) -> np.ndarray | None:
+    return None if (factors == 1).all() else factors
+
+
+def _unevenly(scales: Scales, axis_map: AxisMap, axis: str, seed: int) -> Scales:
+    """The same scales with reading split into random positive parts."""
+    if not scales.is_split:
+        return scales
+    rng = np.random.default_rng((seed, zlib.crc32(axis.encode())))
+    parts = rng.uniform(0.5, 1.5, len(axis_map.index))
+    shares = parts / np.bincount(axis_map.index, parts)[axis_map.index]
+    return Scales(scales.write, shares / scales.write)
+
+
 def _upper(
-    parameter: Parameter, maps: Mapping[str, AxisMap], upper_layers: np.ndarray | None
+    parameter: Parameter, maps: Mapping[str, AxisMap], above: np.ndarray | None
 ) -> UpperLayer | None:
     """Where AKI looks at the layer above: on new units of the axes a parameter writes."""
+    is_new = _is_new(parameter, parameter.writes, maps)
+    return None if above is None or not is_new.any() else UpperLayer(above, is_new)
+
+
+def _is_new(
+    parameter: Parameter, among: tuple[str, ...], maps: Mapping[str, AxisMap]
+) -> np.ndarray:
+    """Bool, broadcasts against the leaf: elements of a new unit of any of the axes `among`."""
     is_new = np.zeros((1,) * len(parameter.axes), dtype=bool)
     for dim, axis in enumerate(parameter.axes):
-        if axis in parameter.writes and axis in maps and not maps[axis].is_identity:
+        if axis in among and axis in maps and not maps[axis].is_identity:
             shape = [1] * len(parameter.axes)
             shape[dim] = -1
             is_new = is_new | maps[axis].is_new.reshape(shape)
-    if upper_layers is None or not is_new.any():
+    return is_new
+
+
+def _is_silenced(parameter: Parameter) -> bool:
+    """Whether an inserted layer must not write this: what a layer adds to the residual."""
+    return LAYERS in parameter.axes and EMBED in parameter.writes
+
+
+def _noise(
+    parameter: Parameter, maps: Mapping[str, AxisMap], target: ModelConfig, options: Options
+) -> Noise | None:
+    is_new = _is_new(parameter, parameter.axes, maps)
+    if options.noise == 0 or not parameter.reads or VOCAB in parameter.axes or not is_new.any():
         return None
-    return UpperLayer(upper_layers, is_new)
+    std = options.noise / np.sqrt(parameter.fan_in(target))
+    return Noise(std, is_new, f"noise of {options.noise:g} initial deviations on new units")
 
 
-def is_fpi_exact(source: ModelConfig, target: ModelConfig) -> bool:
-    """Whether FPI keeps the function of `source`."""
-    return target.num_layers == source.num_layers and target.embed_dim % source.embed_dim == 0
-
-
-def is_same_shape(source: ModelConfig, target: ModelConfig) -> bool:
-    """Whether nothing grows, so that every operator is a copy."""
-    return target.num_layers == source.num_layers and all(
-        axis_map.is_identity for axis_map in width_maps(source, target).values()
-    )
+def _new_tokens(
+    parameter: Parameter, source: ModelConfig, target: ModelConfig, options: Options
+) -> Extend | None:
+    if VOCAB not in parameter.axes or source.vocab_size == target.vocab_size:
+        return None
+    fill = options.new_head if VOCAB in parameter.writes else "mean"
+    return Extend(parameter.axes.index(VOCAB), target.vocab_size, fill)

@@ -9,8 +9,9 @@ import pytest
 
 from aquila_jax import UserError, scale_out, scale_up
 from aquila_jax.axes import abstract_params, flatten, unflatten
-from aquila_jax.growth.compose import Fresh, Mapped, Take, UpperLayer, apply_plan, check_plan
-from aquila_jax.growth.scale import plan_scale_up
+from aquila_jax.growth import ScaleUp
+from aquila_jax.growth.compose import apply_plan, check_plan
+from aquila_jax.growth.rules import Experts, Extend, Fresh, Mapped, Noise, Take, UpperLayer
 
 UNEVEN = {"embed_dim": 18, "num_heads": 6, "mlp_dim": 28, "num_layers": 5}
 
@@ -77,7 +78,7 @@ def test_a_certificate_tells_the_origin_of_every_leaf(tiny, random_params, metho
         assert (record.source is None) == (record.origin == "fresh")
         if record.source is not None:
             same_values = np.isin(leaves[record.path], source[record.source]).all()
-            assert same_values == ("divided" not in record.how), record
+            assert same_values == ("scaled" not in record.how), record
             mixed = "layer above" in record.how
             assert record.origin == ("mapped" if mixed or not same_values else "copied"), record
         assert record.path in str(grown.certificate)
@@ -91,13 +92,13 @@ def test_takes_layers_upper_layers_and_repeats_are_done_in_that_order():
         takes=[Take(1, np.array([0, 1, 0]), np.array([0.5, 1.0, 0.5]))],
         layers=np.array([0, 2]),
         upper=UpperLayer(np.array([1, 2]), np.array([[False, False, True]])),
-        repeat=(1, 2),
+        experts=Experts(1, np.array([[0, 1, 2], [2, 1, 0]]), None, "turned"),
     )
     expected = [[0 * 0.5, 1, 2 * 0.5], [4 * 0.5, 5, 4 * 0.5]]
     grown = np.asarray(rule.apply(leaf))
     assert grown.shape == (2, 2, 3)
     np.testing.assert_array_equal(grown[:, 0], expected)
-    np.testing.assert_array_equal(grown[:, 1], expected)
+    np.testing.assert_array_equal(grown[:, 1], np.array(expected)[:, ::-1])
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,10 @@ def test_takes_layers_upper_layers_and_repeats_are_done_in_that_order():
     [
         (Mapped("leaf"), "copied"),
         (Mapped("leaf", takes=[Take(0, np.array([0, 0]))]), "copied"),
-        (Mapped("leaf", repeat=(0, 2)), "copied"),
+        (Mapped("leaf", experts=Experts(1, np.array([[0], [0]]), None, "equal")), "copied"),
+        (Mapped("leaf", silent=np.array([False, True])), "mapped"),
+        (Mapped("leaf", extend=Extend(0, 3, "mean")), "mapped"),
+        (Mapped("leaf", noise=Noise(0.1, np.array([True]), "noise")), "mapped"),
         (Mapped("leaf", takes=[Take(0, np.array([0, 0]), np.array([0.5, 0.5]))]), "mapped"),
         (Mapped("leaf", upper=UpperLayer(np.array([0]), np.array([True]))), "mapped"),
         (Fresh(0.1), "fresh"),
@@ -117,14 +121,14 @@ def test_origins_are_told_apart(rule, origin):
 
 
 def test_a_fresh_leaf_needs_a_key(tiny, random_params):
-    plan = {**plan_scale_up(tiny, tiny, method="fpi")[0], "layers/mlp/up": Fresh(0.1)}
+    plan = {**ScaleUp("fpi").plan(tiny, tiny)[0], "layers/mlp/up": Fresh(0.1)}
     with pytest.raises(UserError, match=r"layers/mlp/up is drawn at random: pass key"):
         apply_plan(plan, random_params(tiny), tiny, key=None)
 
 
 def broken(change, tiny):
     target = dataclasses.replace(tiny, **UNEVEN)
-    plan, _ = plan_scale_up(tiny, target, method="fpi")
+    plan, _ = ScaleUp("fpi").plan(tiny, target)
     plan = dict(plan)
     change(plan)
     with pytest.raises(UserError) as error:

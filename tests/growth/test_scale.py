@@ -24,8 +24,14 @@ def refusal(grow, *arguments, **settings):
         ({}, {"num_heads": 2}, ["num_heads", "4", "2", "at least 4"]),
         ({}, {"mlp_dim": 19}, ["mlp_dim", "20", "19", "at least 20"]),
         ({}, {"head_dim": 8}, ["head_dim", "6", "8", "rotary", "head_dim to 6"]),
-        ({}, {"num_kv_heads": 4}, ["num_kv_heads", "2", "4", "group", "num_kv_heads to 2"]),
-        ({}, {"vocab_size": 62}, ["vocab_size", "61", "62", "tokenizer", "vocab_size to 61"]),
+        ({}, {"num_kv_heads": 1}, ["num_kv_heads", "2", "1", "at least 2"]),
+        ({}, {"num_kv_heads": 4}, ["2 query heads", "into 1", "num_heads to at least 8"]),
+        (
+            {},
+            {"num_kv_heads": 4, "num_heads": 8},
+            ["aki_pro", "num_kv_heads", "2", "4", "num_kv_heads to 2"],
+        ),
+        ({}, {"vocab_size": 60}, ["vocab_size", "61", "60", "at least 61"]),
         ({}, {"rope_theta": 50.0}, ["rope_theta", "100.0", "50.0", "rope_theta to 100.0"]),
         ({}, {"norm_eps": 1e-6}, ["norm_eps", "1e-05", "1e-06", "norm_eps to 1e-05"]),
         ({}, {"qkv_bias": False}, ["qkv_bias", "True", "False", "qkv_bias to True"]),
@@ -88,10 +94,20 @@ def test_unknown_methods_are_refused_with_the_known_ones(tiny, random_params):
     params = random_params(tiny)
     message = refusal(scale_up, params, tiny, tiny, method="copy")
     assert "'copy'" in message
-    assert "fpi, aki, aki_pro" in message
+    assert "fpi, isometric, zero_pad, aki, aki_pro, latent" in message
     message = refusal(scale_up, params, tiny, tiny, depth="shuffle")
     assert "'shuffle'" in message
-    assert "stacking, interpolation" in message
+    assert "stacking, interpolation, solar, identity" in message
+    assert "even, uneven" in refusal(scale_up, params, tiny, tiny, split="odd")
+    assert "mean, zero" in refusal(scale_up, params, tiny, tiny, new_head="one")
+    assert "-0.5" in refusal(scale_up, params, tiny, tiny, noise=-0.5)
+
+
+def test_tied_embeddings_have_no_head_to_fill_with_zeros(tiny, random_params):
+    tied = dataclasses.replace(tiny, tie_embeddings=True)
+    target = dataclasses.replace(tied, vocab_size=70)
+    message = refusal(scale_up, random_params(tied), tied, target, new_head="zero")
+    assert "tie_embeddings to False" in message
 
 
 @pytest.mark.parametrize(
