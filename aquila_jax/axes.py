@@ -5,16 +5,20 @@ parameter is described once, here.
 
 Dimension letters, used in einsums and as suffixes of array names everywhere:
 
-====  ===================  ====  ==============================
-B     batch                F     mlp (hidden units of the MLP)
-T     tokens               E     experts
-D     embed (residual)     C     capacity (slots of an expert)
-N     query heads          V     vocabulary
-K     key/value heads      L     layers
-G     query heads a group  H     head dim
-====  ===================  ====  ==============================
+====  =====================  ====  =============================================
+B     batch                  F     mlp, expert_mlp (hidden units of an MLP)
+T     tokens                 E     experts
+D     embed (residual)       C     capacity (slots of an expert)
+N     query heads            V     vocabulary
+K     key/value heads        L     layers, or some: moe_layers, dense_layers
+G     query heads a group    H     head dim
+S     shared_mlp (as F, of the expert that every token visits)
+====  ===========================================================================
 
 The query-head axis is group-major: flat head n is head n % G of group n // G.
+
+Parameters of layers are stacked in order of depth: over all layers, or, where only some layers
+have experts, over those that have the parameter (`layers_of`).
 """
 
 import dataclasses
@@ -35,16 +39,33 @@ Q_HEADS = "q_heads"
 KV_HEADS = "kv_heads"
 HEAD_DIM = "head_dim"
 MLP = "mlp"
+EXPERT_MLP = "expert_mlp"
+SHARED_MLP = "shared_mlp"
 EXPERTS = "experts"
 VOCAB = "vocab"
 LAYERS = "layers"
+MOE_LAYERS = "moe_layers"
+DENSE_LAYERS = "dense_layers"
 
 AXES = (
-    BATCH, TOKENS, EMBED, Q_HEADS, KV_HEADS, HEAD_DIM, MLP, EXPERTS, VOCAB, LAYERS
+    BATCH, TOKENS, EMBED, Q_HEADS, KV_HEADS, HEAD_DIM, MLP, EXPERT_MLP, SHARED_MLP, EXPERTS, VOCAB,
+    LAYERS, MOE_LAYERS, DENSE_LAYERS,
 )  # fmt: skip
 
+# Axes that stack layers; a parameter has at most one of them.
+LAYER_AXES = (LAYERS, MOE_LAYERS, DENSE_LAYERS)
+
 # Axes that stack equal things: neither read nor written by a matrix.
-STACK_AXES = (LAYERS, EXPERTS)
+STACK_AXES = (*LAYER_AXES, EXPERTS)
+
+
+def layers_of(config: ModelConfig, axis: str) -> tuple[int, ...]:
+    """The layers, by depth, whose parameters lie along `axis`, one of `LAYER_AXES`."""
+    layers = range(config.num_layers)
+    if axis == LAYERS:
+        return tuple(layers)
+    return tuple(layer for layer in layers if config.has_experts(layer) == (axis == MOE_LAYERS))
+
 
 _SIZES: Mapping[str, Callable[[ModelConfig], int]] = {
     EMBED: lambda config: config.embed_dim,
@@ -52,9 +73,11 @@ _SIZES: Mapping[str, Callable[[ModelConfig], int]] = {
     KV_HEADS: lambda config: config.num_kv_heads,
     HEAD_DIM: lambda config: config.head_dim,
     MLP: lambda config: config.mlp_dim,
+    EXPERT_MLP: lambda config: config.expert_dim,
+    SHARED_MLP: lambda config: config.shared_mlp_dim,
     EXPERTS: lambda config: config.num_experts,
     VOCAB: lambda config: config.vocab_size,
-    LAYERS: lambda config: config.num_layers,
+    **{axis: lambda config, axis=axis: len(layers_of(config, axis)) for axis in LAYER_AXES},
 }
 
 
@@ -128,9 +151,14 @@ _DENSE_MLP = {
 }
 _EXPERTS = {
     "layers/moe/router": Parameter((LAYERS, EMBED, EXPERTS), (EMBED,), (EXPERTS,)),
-    "layers/moe/gate": Parameter((LAYERS, EXPERTS, EMBED, MLP), (EMBED,), (MLP,)),
-    "layers/moe/up": Parameter((LAYERS, EXPERTS, EMBED, MLP), (EMBED,), (MLP,)),
-    "layers/moe/down": Parameter((LAYERS, EXPERTS, MLP, EMBED), (MLP,), (EMBED,)),
+    "layers/moe/gate": Parameter((LAYERS, EXPERTS, EMBED, EXPERT_MLP), (EMBED,), (EXPERT_MLP,)),
+    "layers/moe/up": Parameter((LAYERS, EXPERTS, EMBED, EXPERT_MLP), (EMBED,), (EXPERT_MLP,)),
+    "layers/moe/down": Parameter((LAYERS, EXPERTS, EXPERT_MLP, EMBED), (EXPERT_MLP,), (EMBED,)),
+}
+_SHARED_EXPERT = {
+    "layers/moe/shared_gate": Parameter((LAYERS, EMBED, SHARED_MLP), (EMBED,), (SHARED_MLP,)),
+    "layers/moe/shared_up": Parameter((LAYERS, EMBED, SHARED_MLP), (EMBED,), (SHARED_MLP,)),
+    "layers/moe/shared_down": Parameter((LAYERS, SHARED_MLP, EMBED), (SHARED_MLP,), (EMBED,)),
 }
 _HEAD = {"lm_head/kernel": Parameter((EMBED, VOCAB), (EMBED,), (VOCAB,))}
 
@@ -140,9 +168,24 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
     return {
         **_TRUNK,
         **(_QKV_BIAS if config.qkv_bias else {}),
-        **(_EXPERTS if config.is_moe else _DENSE_MLP),
+        **_feed_forward(config),
         **({} if config.tie_embeddings else _HEAD),
     }
+
+
+def _feed_forward(config: ModelConfig) -> dict[str, Parameter]:
+    """Parameters of MLPs and mixtures, stacked over the layers that have them."""
+    if not config.is_moe:
+        return _DENSE_MLP
+    mixture = {**_EXPERTS, **(_SHARED_EXPERT if config.shared_mlp_dim else {})}
+    if config.moe_every == 1:
+        return mixture
+    return {**_stacked(_DENSE_MLP, DENSE_LAYERS), **_stacked(mixture, MOE_LAYERS)}
+
+
+def _stacked(group: Mapping[str, Parameter], axis: str) -> dict[str, Parameter]:
+    """The same parameters, with `axis` for the layers axis, which comes first."""
+    return {path: dataclasses.replace(p, axes=(axis, *p.axes[1:])) for path, p in group.items()}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

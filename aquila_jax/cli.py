@@ -1,19 +1,21 @@
 """The command line: flags and gin. The only file that imports gin.
 
     aquila train --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [--dry_run]
+    aquila grow --from DIR --to DIR [--gin_file=GROWTH] [--gin.target.FIELD=VALUE ...]
 
 A gin file describes one `TrainRun`; see `gin_configs/`. Exit codes: 0 done, 2 a mistake in what
 was asked for (one line says which), 128 + n stopped by signal n after saving.
 """
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ from gin import config as gin_config
 from aquila_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from aquila_jax.config import ModelConfig
     from aquila_jax.training import TrainRun
 
 _GIN_FLAG = "--gin."
@@ -63,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         command.set_defaults(run_command=run_command)
-        _add_gin_flags(command)
+        _add_gin_flags(command, is_required=name != "grow")
+        if name == "grow":
+            _add_disk_flags(command)
     report = commands.add_parser("report", help="table, figure and page of one or more runs")
     report.set_defaults(run_command=_report)
     report.add_argument("model_dirs", nargs="+", metavar="MODEL_DIR", help="runs, oldest first")
@@ -71,9 +76,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_gin_flags(command: argparse.ArgumentParser) -> None:
+def _add_disk_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--gin_file", action="append", required=True, help="a gin file; may be repeated"
+        "--from",
+        dest="source",
+        metavar="DIR",
+        help="grow from disk to disk: a Hugging Face directory or a MODEL_DIR",
+    )
+    command.add_argument("--to", dest="target", metavar="DIR", help="the directory to make")
+    command.add_argument("--dtype", help="float32, bfloat16 or float16; the source's by default")
+    command.epilog = (
+        "example: aquila grow --from 7b --to 16b --gin_file=gin_configs/growth/isometric.gin "
+        "--gin.target.embed_dim=5120 --gin.target.num_heads=40"
+    )
+
+
+def _add_gin_flags(command: argparse.ArgumentParser, *, is_required: bool) -> None:
+    command.add_argument(
+        "--gin_file",
+        action="append",
+        default=[],
+        required=is_required,
+        help="a gin file; may be repeated",
     )
     command.add_argument(
         "--gin_search_paths",
@@ -98,7 +122,78 @@ def _train(arguments: argparse.Namespace, bindings: list[str]) -> int:
 def _grow(arguments: argparse.Namespace, bindings: list[str]) -> int:
     from aquila_jax.training import grow
 
-    return _with_run(arguments, bindings, grow)
+    if arguments.source is None and arguments.target is None:
+        if not arguments.gin_file:
+            raise UserError("name a run by --gin_file=FILE, or directories by --from and --to")
+        return _with_run(arguments, bindings, grow)
+    return _grow_files(arguments, bindings)
+
+
+def _grow_files(arguments: argparse.Namespace, bindings: list[str]) -> int:
+    """Growth from disk to disk: `GROWTH` says how, `target.FIELD` what the model shall be."""
+    from aquila_jax.interop import Directory
+    from aquila_jax.interop.growing import grow_files
+    from aquila_jax.training.leaves import CHECKPOINT_DIR, SavedLeaves
+
+    if arguments.source is None or arguments.target is None:
+        raise UserError("--from and --to go together: the directory to read, and the one to make")
+    path = Path(arguments.source)
+    _parse(arguments.gin_file or [_DEFAULT_GROWTH], bindings, arguments.gin_search_paths)
+    with _one_line_errors():
+        gin.parse_config("growth_of.growth = %GROWTH")
+        gin.finalize()
+        growth = gin.get_configurable("growth_of")()
+        opened = SavedLeaves(path) if (path / CHECKPOINT_DIR).is_dir() else Directory(path)
+        target = gin.get_configurable("target")(opened.config)
+    _, certificate = growth.plan(opened.config, target)
+    if arguments.dry_run:
+        print(certificate)
+        return 0
+    with _byte_bar(Path(arguments.target).name) as progress:
+        certificate = grow_files(
+            opened if isinstance(opened, SavedLeaves) else path,
+            arguments.target,
+            target,
+            growth,
+            dtype=arguments.dtype,
+            progress=progress,
+        )
+    print(f"{certificate.title}; {arguments.target}")
+    return 0
+
+
+# Exact at any size, so a mistake in it is seen at once.
+_DEFAULT_GROWTH = "gin_configs/growth/isometric.gin"
+
+
+def growth_of(growth: Any) -> Any:
+    """What `GROWTH` stands for."""
+    return growth
+
+
+def target(source: "ModelConfig", **changes: Any) -> "ModelConfig":
+    """The source's configuration with single fields changed.
+
+    Raises:
+        UserError: a field is unknown, or the changed configuration is not valid.
+    """
+    from aquila_jax.config import ModelConfig
+
+    return ModelConfig.from_dict({**source.to_dict(), **changes})
+
+
+@contextlib.contextmanager
+def _byte_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar in bytes where someone watches, silence elsewhere."""
+    from tqdm import tqdm
+
+    with tqdm(desc=name, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
 
 
 def _evaluate(arguments: argparse.Namespace, bindings: list[str]) -> int:
@@ -158,6 +253,14 @@ def configured_run(
         UserError: a file is missing or malformed, a binding is unknown, a required one is
             missing, or the run's settings do not fit each other.
     """
+    _parse(gin_files, bindings, search_paths)
+    with _one_line_errors():
+        gin.finalize()
+        return gin.get_configurable("TrainRun")()
+
+
+def _parse(gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]) -> None:
+    """Read files and bindings into gin's configuration, and check what it would not."""
     _register()
     gin.clear_config()
     roots = [Path(__file__).parents[1], Path(__file__).parent]
@@ -165,13 +268,18 @@ def configured_run(
     # __init__.py. Its search path and readers have no public way to be set rather than added to.
     gin_config._FILE_READERS[:] = [(open, os.path.isfile)]
     gin_config._LOCATION_PREFIXES[:] = ["", *search_paths, *map(str, roots)]
-    try:
+    with _one_line_errors():
         gin.parse_config_files_and_bindings(list(gin_files), None, finalize_config=False)
         _check_macros(bindings)
         gin.parse_config(list(bindings))
         _check_required()
-        gin.finalize()
-        return gin.get_configurable("TrainRun")()
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """What gin raises, and what it decorates, as one line."""
+    try:
+        yield
     except UserError as error:
         # gin appends where the value came from on further lines.
         raise UserError(str(error).splitlines()[0]) from error
@@ -195,6 +303,8 @@ def _register() -> None:
         training.RouterLosses,
         training.TrainRun,
         training.WarmupStableDecay,
+        growth_of,
+        target,
     ):
         name = configurable.__name__
         if name not in _registered:

@@ -21,15 +21,18 @@ _COUNTS = (
     "head_dim",
     "mlp_dim",
     "context_length",
+    "moe_every",
 )
-# Counts that are 0 in a dense model.
-_EXPERT_COUNTS = ("num_experts", "experts_per_token")
+# Counts that may be 0.
+_EXPERT_COUNTS = ("num_experts", "experts_per_token", "expert_mlp_dim", "shared_mlp_dim")
+# What a dense model has no use for, and must leave as it is.
+_MIXTURE_SHAPE = {"expert_mlp_dim": 0, "shared_mlp_dim": 0, "moe_every": 1}
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Llama-like decoder, dense or with a mixture of experts in every layer.
+    """A Llama-like decoder, dense or with a mixture of experts in every n-th layer.
 
     RMSNorm before attention and MLP, rotary positions, grouped-query attention, SwiGLU.
     Registered as a static pytree, so that functions taking and returning it can be jitted.
@@ -41,15 +44,20 @@ class ModelConfig:
         num_heads: N, query heads.
         num_kv_heads: K, key/value heads (KV groups); divides N.
         head_dim: H, the width of one head; even, because rotary positions turn pairs.
-        mlp_dim: F, the hidden width of one MLP (of one expert in a mixture).
+        mlp_dim: F, the hidden width of a dense MLP.
         context_length: the longest sequence the model is meant for, in tokens.
         rope_theta: base of the rotary frequencies.
         norm_eps: added to the mean square in every RMSNorm.
         qkv_bias: whether query, key and value projections have a bias.
         tie_embeddings: whether the output head is the embedding's transpose.
-        num_experts: E, experts in every layer; 0 is a dense model.
+        num_experts: E, experts in a layer that has them; 0 is a dense model.
         experts_per_token: k, how many experts a token visits; 0 exactly when dense.
         renormalize_gates: whether the k chosen gates are divided by their sum.
+        expert_mlp_dim: the hidden width of one expert; 0 is that of a dense MLP. Read `expert_dim`.
+        shared_mlp_dim: S, the hidden width of a shared expert, which every token visits and whose
+            output counts with weight 1; 0 is none.
+        moe_every: n, so that layers n - 1, 2 n - 1, ... have experts and the others a dense MLP;
+            divides L.
     """
 
     vocab_size: int
@@ -67,6 +75,9 @@ class ModelConfig:
     num_experts: int = 0
     experts_per_token: int = 0
     renormalize_gates: bool = True
+    expert_mlp_dim: int = 0
+    shared_mlp_dim: int = 0
+    moe_every: int = 1
 
     def __post_init__(self) -> None:
         for name in (*_COUNTS, *_EXPERT_COUNTS):
@@ -91,11 +102,35 @@ class ModelConfig:
                 f"experts_per_token ({k}) must lie between 1 and num_experts ({num_experts}), "
                 "or both be 0 for a dense model"
             )
+        self._check_mixture_shape()
+
+    def _check_mixture_shape(self) -> None:
+        for name, unused in _MIXTURE_SHAPE.items():
+            if not self.is_moe and getattr(self, name) != unused:
+                raise UserError(
+                    f"{name} ({getattr(self, name)}) shapes a mixture of experts, and num_experts "
+                    f"is 0: set num_experts and experts_per_token, or leave {name} at {unused}"
+                )
+        if self.num_layers % self.moe_every:
+            raise UserError(
+                f"num_layers ({self.num_layers}) must be a multiple of moe_every "
+                f"({self.moe_every}), which ends every group of so many layers with experts: "
+                "change either; moe_every=1 has experts in every layer"
+            )
 
     @property
     def is_moe(self) -> bool:
-        """Whether the layers hold experts."""
+        """Whether some layers hold experts."""
         return self.num_experts > 0
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether this layer, counted from 0, is one of those that hold experts."""
+        return self.is_moe and (layer + 1) % self.moe_every == 0
+
+    @property
+    def expert_dim(self) -> int:
+        """F of one expert: `expert_mlp_dim`, or `mlp_dim` where that is 0."""
+        return self.expert_mlp_dim or self.mlp_dim
 
     @property
     def heads_per_group(self) -> int:

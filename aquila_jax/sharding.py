@@ -23,6 +23,8 @@ DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
     axes.Q_HEADS: ("model",),
     axes.KV_HEADS: ("model",),
     axes.MLP: ("model",),
+    axes.EXPERT_MLP: ("model",),
+    axes.SHARED_MLP: ("model",),
     axes.VOCAB: ("model",),
     axes.EXPERTS: ("expert",),
 }

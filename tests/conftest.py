@@ -114,3 +114,11 @@ def reference_logits() -> Callable[..., np.ndarray]:
     from tests.nn.reference import decoder
 
     return decoder
+
+
+@pytest.fixture(scope="session")
+def pretrained():
+    """SmolLM2-135M, where it is installed."""
+    from tests import pretrained
+
+    return pretrained.load()

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from aquila_jax import ModelConfig, Transformer, preset
+from aquila_jax import ModelConfig, Transformer, axes, preset
 from aquila_jax.accounting import (
     num_active_parameters,
     num_parameters,
@@ -22,6 +22,9 @@ SMALL = ModelConfig(
     mlp_dim=6,
 )
 MIXTURE = {"num_experts": 5, "experts_per_token": 2}
+EVERY_SECOND = {**MIXTURE, "moe_every": 2, "expert_mlp_dim": 3, "shared_mlp_dim": 7}
+
+VECTORS = ("scale", "bias")
 
 # One layer of SMALL: query 16, key 8, value 8, out 16; an MLP three times 24.
 ATTENTION, MLP, HEAD = 48, 72, 44
@@ -29,7 +32,15 @@ ATTENTION, MLP, HEAD = 48, 72, 44
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tie_embeddings": True}, {"qkv_bias": False}, MIXTURE, {"num_kv_heads": 2}],
+    [
+        {},
+        {"tie_embeddings": True},
+        {"qkv_bias": False},
+        MIXTURE,
+        {"num_kv_heads": 2},
+        EVERY_SECOND,
+        {**EVERY_SECOND, "num_layers": 12, "moe_every": 3},
+    ],
     ids=str,
 )
 def test_parameters_are_those_of_the_model(changes):
@@ -47,6 +58,32 @@ def test_parameters_of_a_small_model_by_hand():
     routers = 2 * 4 * 5
     assert num_parameters(mixture) == dense + 2 * 4 * MLP + routers
     assert num_active_parameters(mixture) == dense + 2 * MLP + routers
+
+
+def test_parameters_of_a_dense_layer_and_one_with_narrow_and_shared_experts_by_hand():
+    config = dataclasses.replace(SMALL, **EVERY_SECOND)
+    # An expert is half as wide as an MLP, the shared one 7 units of 3 * 4 weights.
+    expert, shared, router = MLP // 2, 7 * 12, 4 * 5
+    without = num_parameters(SMALL) - MLP
+    assert num_parameters(config) == without + 5 * expert + shared + router
+    assert num_active_parameters(config) == without + 2 * expert + shared + router
+    cost = training_flops_per_token(config, 8) - training_flops_per_token(SMALL, 8)
+    assert cost == 6 * (2 * expert + shared + router - MLP)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_what_a_token_uses_is_all_but_the_experts_it_does_not_visit(every):
+    config = dataclasses.replace(SMALL, **{**EVERY_SECOND, "num_layers": 6, "moe_every": every})
+    tokens = jnp.zeros((1, 3), jnp.int32)
+    params = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)["params"]
+    moe = params["layers"]["moe"]
+    unused = sum(moe[name].size for name in ("gate", "up", "down")) * 3 // 5
+    assert num_active_parameters(config) == num_parameters(config) - unused
+    # Neither the embedding, as large as the head, nor gains and biases are matrix products.
+    vectors = [leaf for path, leaf in axes.flatten(params).items() if path.endswith(VECTORS)]
+    matrices = num_active_parameters(config) - sum(leaf.size for leaf in vectors) - HEAD
+    attention = 6 * 6 * 8 * (2 * 2)
+    assert training_flops_per_token(config, 8) == 6 * matrices + attention
 
 
 @pytest.mark.parametrize(

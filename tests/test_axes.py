@@ -7,12 +7,21 @@ import pytest
 
 from aquila_jax import Transformer, axes
 
+MIXTURE = {"num_experts": 5, "experts_per_token": 2}
+EVERY_SECOND = {
+    **MIXTURE, "num_layers": 6, "moe_every": 2, "expert_mlp_dim": 7, "shared_mlp_dim": 9
+}  # fmt: skip
+
 KINDS = [
     {},
     {"tie_embeddings": True},
     {"qkv_bias": False},
     {"num_experts": 4, "experts_per_token": 2},
     {"num_experts": 4, "experts_per_token": 2, "tie_embeddings": True, "qkv_bias": False},
+    {**MIXTURE, "expert_mlp_dim": 7},
+    {**MIXTURE, "shared_mlp_dim": 9},
+    {**MIXTURE, "moe_every": 3},
+    EVERY_SECOND,
 ]
 
 
@@ -47,11 +56,13 @@ def test_what_is_no_matrix_is_a_gain_of_the_residual_or_a_bias_of_heads(tiny, ch
             assert tuple(a for a in parameter.axes if a != axes.LAYERS) == written, path
 
 
+def shapes_of(config):
+    flat = axes.flatten(axes.abstract_params(config))
+    return {path: leaf.shape for path, leaf in flat.items()}
+
+
 def test_shapes_are_in_the_documented_order(tiny):
-    flat = axes.flatten(
-        axes.abstract_params(dataclasses.replace(tiny, num_experts=5, experts_per_token=2))
-    )
-    shapes = {path: leaf.shape for path, leaf in flat.items()}
+    shapes = shapes_of(dataclasses.replace(tiny, **MIXTURE))
     assert shapes["token_embedder/embedding"] == (61, 12)
     assert shapes["layers/attention/query"] == (3, 12, 4, 6)
     assert shapes["layers/attention/key"] == (3, 12, 2, 6)
@@ -61,6 +72,54 @@ def test_shapes_are_in_the_documented_order(tiny):
     assert shapes["layers/moe/up"] == (3, 5, 12, 20)
     assert shapes["layers/moe/down"] == (3, 5, 20, 12)
     assert shapes["lm_head/kernel"] == (12, 61)
+
+
+def test_only_the_shapes_of_mixtures_change_where_some_layers_are_dense(tiny):
+    shapes = shapes_of(dataclasses.replace(tiny, **EVERY_SECOND))
+    assert {path: shape for path, shape in shapes.items() if "/m" in path} == {
+        "layers/mlp/gate": (3, 12, 20),
+        "layers/mlp/up": (3, 12, 20),
+        "layers/mlp/down": (3, 20, 12),
+        "layers/moe/router": (3, 12, 5),
+        "layers/moe/gate": (3, 5, 12, 7),
+        "layers/moe/up": (3, 5, 12, 7),
+        "layers/moe/down": (3, 5, 7, 12),
+        "layers/moe/shared_gate": (3, 12, 9),
+        "layers/moe/shared_up": (3, 12, 9),
+        "layers/moe/shared_down": (3, 9, 12),
+    }
+    deep = shapes_of(dataclasses.replace(tiny, num_layers=6))
+    trunk = {path: shape for path, shape in shapes.items() if "/m" not in path}
+    assert trunk == {path: shape for path, shape in deep.items() if "/m" not in path}
+
+
+@pytest.mark.parametrize(
+    ("changes", "with_experts", "dense"),
+    [
+        ({}, (), (0, 1, 2)),
+        (MIXTURE, (0, 1, 2), ()),
+        ({**MIXTURE, "moe_every": 3}, (2,), (0, 1)),
+        (EVERY_SECOND, (1, 3, 5), (0, 2, 4)),
+    ],
+    ids=str,
+)
+def test_every_nth_layer_has_experts(tiny, changes, with_experts, dense):
+    config = dataclasses.replace(tiny, **changes)
+    assert axes.layers_of(config, axes.MOE_LAYERS) == with_experts
+    assert axes.layers_of(config, axes.DENSE_LAYERS) == dense
+    assert axes.layers_of(config, axes.LAYERS) == tuple(range(config.num_layers))
+    assert axes.axis_size(config, axes.MOE_LAYERS) == len(with_experts)
+    assert axes.axis_size(config, axes.DENSE_LAYERS) == len(dense)
+
+
+@pytest.mark.parametrize("changes", KINDS, ids=str)
+def test_layers_are_stacked_once_and_first(tiny, changes):
+    config = dataclasses.replace(tiny, **changes)
+    for path, parameter in axes.parameters(config).items():
+        places = [i for i, axis in enumerate(parameter.axes) if axis in axes.LAYER_AXES]
+        assert places == ([0] if path.startswith("layers/") else []), path
+        if config.moe_every == 1:
+            assert not {axes.MOE_LAYERS, axes.DENSE_LAYERS} & set(parameter.axes), path
 
 
 def test_unflatten_is_the_inverse_of_flatten():

@@ -90,9 +90,16 @@ def test_a_wrong_binding_gives_one_line_that_names_it(arguments, message, capsys
     [
         (["--gin.MODEL='toy_dense'", "--gin.PARENT_MODEL='toy_large'"], "from 128 to 96"),
         (["--gin.model/preset.head_dim=64"], "head_dim 32 in the source and 64 in the target"),
-        (["--gin.model/preset.num_kv_heads=6"], "num_kv_heads 2 in the source and 6"),
-        (["--gin.model/preset.vocab_size=5000"], "vocab_size 4096 in the source and 5000"),
-        (["--gin.ScaleUp.method='aki_plus'"], "no growth method 'aki_plus'; there are fpi, aki"),
+        (["--gin.model/preset.num_kv_heads=6"], "2 query heads a KV group into 1"),
+        (
+            ["--gin.model/preset.num_kv_heads=3"],
+            "aki_pro cannot grow num_kv_heads from 2 to 3",
+        ),
+        (["--gin.parent/preset.vocab_size=5000"], "cannot grow vocab_size from 5000 to 4096"),
+        (
+            ["--gin.ScaleUp.method='aki_plus'"],
+            "no growth method 'aki_plus'; there are fpi, isometric",
+        ),
         (["--gin.ScaleUp.depth='sideways'"], "no depth method 'sideways'"),
     ],
 )

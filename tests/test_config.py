@@ -5,6 +5,8 @@ import pytest
 
 from aquila_jax import PRESETS, ModelConfig, UserError, preset
 
+MIXTURE = {"num_experts": 4, "experts_per_token": 2}
+
 
 @pytest.mark.parametrize(
     ("changes", "named"),
@@ -20,6 +22,7 @@ from aquila_jax import PRESETS, ModelConfig, UserError, preset
                 "head_dim",
                 "mlp_dim",
                 "context_length",
+                "moe_every",
             )
             for value in (0, -1, 2.0, True, "4")
         ),
@@ -36,6 +39,20 @@ from aquila_jax import PRESETS, ModelConfig, UserError, preset
         ),
         ({"num_experts": 4.0, "experts_per_token": 2}, ["num_experts", "4.0"]),
         ({"num_experts": -1, "experts_per_token": -1}, ["num_experts", "-1"]),
+        *(
+            ({**MIXTURE, field: value}, [field, repr(value), "0 or more"])
+            for field in ("expert_mlp_dim", "shared_mlp_dim")
+            for value in (-1, 2.0, True, "4")
+        ),
+        *(
+            ({field: 3}, [f"{field} (3)", "num_experts is 0", f"leave {field} at {default}"])
+            for field, default in (("expert_mlp_dim", 0), ("shared_mlp_dim", 0), ("moe_every", 1))
+        ),
+        (
+            {**MIXTURE, "moe_every": 2},
+            ["num_layers (3)", "multiple of moe_every (2)", "moe_every=1"],
+        ),
+        ({**MIXTURE, "moe_every": 6}, ["num_layers (3)", "moe_every (6)"]),
     ],
     ids=str,
 )
@@ -86,14 +103,35 @@ def test_a_config_survives_json(name):
 
 
 def test_every_field_survives_a_dict(tiny):
+    mixture = dataclasses.replace(tiny, **MIXTURE, expert_mlp_dim=7, shared_mlp_dim=9)
     changed = {
-        field.name: not value if isinstance(value, bool) else value * 2
-        for field in dataclasses.fields(tiny)
-        if (value := getattr(tiny, field.name)) or isinstance(value, bool)
+        name: not value if isinstance(value, bool) else value * 2
+        for name, value in mixture.to_dict().items()
     }
-    config = ModelConfig.from_dict({**tiny.to_dict(), **changed})
-    assert config.to_dict() == {**tiny.to_dict(), **changed}
-    assert len(changed) == len(dataclasses.fields(tiny)) - 2
+    assert all(changed[name] != value for name, value in mixture.to_dict().items())
+    assert ModelConfig.from_dict(changed).to_dict() == changed
+
+
+def test_an_expert_is_as_wide_as_a_dense_mlp_unless_said_otherwise(tiny):
+    mixture = dataclasses.replace(tiny, **MIXTURE)
+    assert mixture.expert_dim == mixture.mlp_dim
+    assert dataclasses.replace(mixture, expert_mlp_dim=7).expert_dim == 7
+    assert dataclasses.replace(mixture, expert_mlp_dim=7).mlp_dim == tiny.mlp_dim
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 6])
+def test_the_last_layer_of_every_group_has_experts(tiny, every):
+    config = dataclasses.replace(tiny, **MIXTURE, num_layers=6, moe_every=every)
+    having = [layer for layer in range(6) if config.has_experts(layer)]
+    assert having == list(range(every - 1, 6, every))
+    assert not any(dataclasses.replace(tiny, num_layers=6).has_experts(i) for i in range(6))
+
+
+def test_a_config_saved_before_these_shapes_is_read_as_it_was(tiny):
+    values = dataclasses.replace(tiny, **MIXTURE).to_dict()
+    for name in ("expert_mlp_dim", "shared_mlp_dim", "moe_every"):
+        del values[name]
+    assert ModelConfig.from_dict(values) == dataclasses.replace(tiny, **MIXTURE)
 
 
 def test_unknown_and_missing_fields_are_named(tiny):

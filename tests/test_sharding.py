@@ -8,11 +8,14 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from aquila_jax import Transformer, UserError, scale_up
-from aquila_jax.axes import BATCH, EMBED, MLP, TOKENS
+from aquila_jax.axes import BATCH, EMBED, EXPERT_MLP, MLP, SHARED_MLP, TOKENS
 from aquila_jax.sharding import DEFAULT_RULES, Layout, MeshShape
 from aquila_jax.training.step import RouterLosses, loss_and_metrics
 
 MIXTURE = {"num_experts": 4, "experts_per_token": 2}
+EVERY_SECOND = {
+    **MIXTURE, "num_layers": 4, "moe_every": 2, "expert_mlp_dim": 10, "shared_mlp_dim": 6
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +130,19 @@ def test_parameters_and_batch_are_split_as_the_rules_say(even):
     )
 
 
+def test_experts_are_split_as_mlps_are_and_a_shared_one_as_its_rule_says(even):
+    config = dataclasses.replace(even, **EVERY_SECOND)
+    mesh = MeshShape(fsdp=2, expert=2, model=2).build()
+    assert DEFAULT_RULES[EXPERT_MLP] == DEFAULT_RULES[MLP]
+    moe = Layout.of(mesh, {SHARED_MLP: ("model",)}).params(config)["layers"]["moe"]
+    assert moe["up"].shard_shape((2, 4, 12, 10)) == (2, 2, 6, 5)
+    assert moe["down"].shard_shape((2, 4, 10, 12)) == (2, 2, 5, 6)
+    assert moe["shared_up"].shard_shape((2, 12, 6)) == (2, 6, 3)
+    assert moe["shared_down"].shard_shape((2, 6, 12)) == (2, 3, 6)
+    with pytest.raises(UserError, match=r"layers/moe/gate: expert_mlp of 7 .* 2 devices"):
+        Layout(mesh).params(dataclasses.replace(config, expert_mlp_dim=7))
+
+
 def loss_and_gradients(config, params, batch, placed=None):
     model = Transformer(config, layout=placed)
     gradients = jax.value_and_grad(
@@ -153,6 +169,8 @@ def on_one_device(even, random_params, random_batch):
         ({"tie_embeddings": True}, {"fsdp": 4, "model": 2}),
         (MIXTURE, {"data": 2, "expert": 2, "model": 2}),
         (MIXTURE, {"fsdp": 2, "expert": 4}),
+        (EVERY_SECOND, {"data": 8}),
+        (EVERY_SECOND, {"fsdp": 2, "expert": 2, "model": 2}),
     ],
     ids=str,
 )
@@ -168,6 +186,21 @@ def test_loss_and_gradients_on_a_mesh_equal_those_on_one_device(
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5),
         on_mesh,
+        on_one_device(config),
+    )
+
+
+def test_a_shared_expert_in_shards_equals_a_whole_one(
+    even, random_params, random_batch, on_one_device
+):
+    config = dataclasses.replace(even, **EVERY_SECOND)
+    mesh = MeshShape(data=2, expert=2, model=2).build()
+    placed = Layout.of(mesh, {SHARED_MLP: ("model",)})
+    params = jax.device_put(random_params(config), placed.params(config))
+    batch = jax.device_put(random_batch(config, rows=8), placed.batch())
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5),
+        loss_and_gradients(config, params, batch, placed),
         on_one_device(config),
     )
 

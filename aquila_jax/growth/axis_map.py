@@ -7,11 +7,13 @@ import numpy as np
 
 from aquila_jax.axes import (
     EMBED,
+    EXPERT_MLP,
     EXPERTS,
     HEAD_DIM,
     KV_HEADS,
     MLP,
     Q_HEADS,
+    SHARED_MLP,
     axis_size,
 )
 from aquila_jax.config import ModelConfig
@@ -54,7 +56,7 @@ class AxisMap:
 
 def circular(source: int, target: int) -> AxisMap:
     """Net2Net's copies from left to right: unit j copies unit j mod `source`."""
-    return AxisMap(np.arange(target) % source, source)
+    return AxisMap(np.arange(target) % max(source, 1), source)
 
 
 def within_groups(source: ModelConfig, target: ModelConfig) -> AxisMap:
@@ -81,5 +83,6 @@ def width_maps(source: ModelConfig, target: ModelConfig) -> Mapping[str, AxisMap
     }
     maps[Q_HEADS] = within_groups(source, target)
     if source.is_moe:
-        maps[EXPERTS] = circular(source.num_experts, target.num_experts)
+        for axis in (EXPERTS, EXPERT_MLP, SHARED_MLP):
+            maps[axis] = circular(axis_size(source, axis), axis_size(target, axis))
     return maps

@@ -52,6 +52,13 @@ def normal(key: jax.Array, shape: tuple[int, ...], layers: np.ndarray | None) ->
     return jnp.take(jnp.asarray(_quantiles()), drawn.astype(jnp.int32), axis=0)
 
 
+def chosen(
+    key: jax.Array, shape: tuple[int, ...], layers: np.ndarray | None, fraction: float
+) -> jax.Array:
+    """Bool: each element by itself true with probability `fraction`; arguments as in `normal`."""
+    return normal(key, shape, layers) < np.float32(statistics.NormalDist().inv_cdf(fraction))
+
+
 def exactly(x: Any) -> Any:
     """`x`, rounded before anything else is done to it: XLA would fuse a product into a sum."""
     return x if isinstance(x, np.ndarray) else jax.lax.optimization_barrier(x)

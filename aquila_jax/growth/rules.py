@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aquila_jax.growth.draws import exactly, leaf_key, normal, tree_sum
+from aquila_jax.growth.draws import chosen, exactly, leaf_key, normal, tree_sum
 
 # Reads source layers by number, or a leaf without layers (None).
 Read = Callable[[np.ndarray | None], Any]
@@ -101,11 +101,13 @@ class Noise:
         std: standard deviation.
         where: bool, broadcasts against the target leaf.
         what: in words, for a certificate.
+        fraction: share of those elements that get it, chosen at random.
     """
 
     std: float
     where: np.ndarray
     what: str
+    fraction: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,14 +127,14 @@ class Experts:
     redrawn: np.ndarray | None
     what: str
 
-    @property
-    def are_copies(self) -> bool:
-        """Whether every expert holds all units in order."""
-        return self.redrawn is None and bool((self.units == np.arange(self.units.shape[1])).all())
+    def are_copies(self, size: int) -> bool:
+        """Whether every expert holds all of `size` units in order."""
+        every = np.arange(size)
+        return self.redrawn is None and all(np.array_equal(mine, every) for mine in self.units)
 
     def apply(self, leaf: Any, xp: Any) -> Any:
         """`[layers, ...] -> [layers, E, ...]`."""
-        if self.are_copies:
+        if self.are_copies(leaf.shape[self.dim]):
             return xp.repeat(xp.expand_dims(leaf, 1), len(self.units), axis=1)
         experts = [take(leaf, units, self.dim, xp) for units in self.units]
         return xp.stack(experts, axis=1)
@@ -143,20 +145,20 @@ class Experts:
             return leaf
         shape = [len(layers), leaf.shape[1], *[1] * (leaf.ndim - 2)]
         shape[self.dim + 1] = -1
-        chosen = xp.asarray(self.redrawn[layers].reshape(shape))
+        replaced = xp.asarray(self.redrawn[layers].reshape(shape))
         wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
         inner = tuple(range(2, leaf.ndim))
         count = self.redrawn[0, 0].sum() * (np.prod(leaf.shape[2:]) // leaf.shape[self.dim + 1])
         share = np.asarray(1 / count, wide.dtype)
 
         def mean(x: Any) -> Any:
-            flat = xp.where(chosen, x, 0).reshape(*leaf.shape[:2], -1)
+            flat = xp.where(replaced, x, 0).reshape(*leaf.shape[:2], -1)
             return (tree_sum(flat, xp) * share).reshape(*leaf.shape[:2], *[1] * len(inner))
 
         centre = exactly(mean(wide))
         deviation = exactly(xp.sqrt(mean(exactly(xp.square(exactly(wide - centre))))))
         new = centre + exactly(deviation * drawn.astype(wide.dtype))
-        return xp.where(chosen, new, wide).astype(leaf.dtype)
+        return xp.where(replaced, new, wide).astype(leaf.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -274,7 +276,7 @@ class Mapped:
             leaf = self.extend.apply(leaf, xp)
         for rule in self.takes:
             leaf = rule.apply(leaf, xp)
-        return leaf.astype(dtype)
+        return leaf if leaf.dtype == dtype else leaf.astype(dtype)
 
     def _randomised(
         self, leaf: Any, path: str, key: jax.Array | None, rows: np.ndarray | None, xp: Any
@@ -288,7 +290,12 @@ class Mapped:
             wide = jnp.promote_types(leaf.dtype, jnp.float32)
             added = exactly(drawn.astype(wide) * np.asarray(self.noise.std, wide))
             noisy = (leaf.astype(wide) + added).astype(leaf.dtype)
-            leaf = xp.where(self.noise.where, noisy, leaf)
+            where = self.noise.where
+            if self.noise.fraction < 1:
+                mask_key = leaf_key(key, f"{path}: which")
+                some = chosen(mask_key, leaf.shape, rows, self.noise.fraction)
+                where = xp.logical_and(where, xp.asarray(some))
+            leaf = xp.where(where, noisy, leaf)
         return leaf
 
 

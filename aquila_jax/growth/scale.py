@@ -8,10 +8,10 @@ import jax
 
 from aquila_jax.config import ModelConfig
 from aquila_jax.errors import UserError
-from aquila_jax.growth.certificate import Certificate, certificate_of
+from aquila_jax.growth.certificate import Certificate, certificate_of, with_dtype
 from aquila_jax.growth.compose import Plan, apply_plan, check_plan, check_source
 from aquila_jax.growth.depth import DEPTH_MAPS
-from aquila_jax.growth.upcycle import upcycle_plan
+from aquila_jax.growth.upcycle import Upcycling, is_upcycling_exact, upcycle_plan
 from aquila_jax.growth.width import OPERATORS, Options, width_plan
 
 
@@ -33,11 +33,21 @@ METHODS = tuple(OPERATORS)
 SPLITS = ("even", "uneven")
 HEAD_FILLS = ("mean", "zero")
 
-_MAY_GROW = ("embed_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size")
+_MAY_GROW = (
+    "embed_dim",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "mlp_dim",
+    "expert_mlp_dim",
+    "shared_mlp_dim",
+    "vocab_size",
+)
 _WHY_KEPT = {
     "head_dim": "rotary frequencies depend on it",
     "num_experts": "use scale_out to add experts",
     "experts_per_token": "use scale_out to add experts",
+    "moe_every": "experts do not become dense layers",
 }
 # Neither shapes a weight that growth maps nor changes the function within its length.
 _FREE = ("context_length", "tie_embeddings")
@@ -64,21 +74,12 @@ def scale_up(
         params: the source's parameters, as nested dicts of arrays.
         config: the source's configuration.
         target_config: the wanted one; embed_dim, num_heads, num_kv_heads, mlp_dim, num_layers and
-            vocab_size may grow. Whole KV groups are copied (not by "aki" and "aki_pro", which
-            keep their number).
-        method: "fpi" (copies; exact in width for whole multiples of it), "isometric" (scaled
-            copies; exact at any width), "zero_pad" (new channels zero, new units unread; exact),
-            "aki" and "aki_pro" (new units from the layer above; not exact), "latent" (new units
-            from the layer above, unread at first; exact).
-        depth: "stacking", "interpolation", "solar" or "identity" (inserted layers add nothing;
-            exact); None takes the method's own: stacking for "aki", interpolation for "fpi" and
-            "aki_pro", else identity.
-        split: "even", or "uneven": copies are read in random parts, which tells them apart and
-            keeps exactness (LEMON). Changes nothing where new units are unread.
-        noise: standard deviation of normal noise on new units of matrices, in units of a freshly
-            initialised matrix's; not exact unless 0.
-        new_head: logits of new tokens: "mean" of the others' weights, or "zero". Their embedding
-            is the mean.
+            vocab_size may grow.
+        method: the width operator; this and the rest are described at `ScaleUp`.
+        depth: the depth operator; None takes the method's own.
+        split: whether copies are read in even or uneven parts.
+        noise: deviation of noise on new units.
+        new_head: what the head gives new tokens.
         seed: of uneven parts and noise.
 
     Returns:
@@ -102,7 +103,7 @@ def scale_up(
     plan, certificate = growth.plan(config, target_config)
     check_source(params, config)
     grown = apply_plan(plan, params, target_config, key=jax.random.key(seed))
-    return GrowthResult(grown, target_config, certificate)
+    return GrowthResult(grown, target_config, with_dtype(certificate, grown))
 
 
 def check_growth(source: ModelConfig, target: ModelConfig) -> None:
@@ -112,7 +113,7 @@ def check_growth(source: ModelConfig, target: ModelConfig) -> None:
         UserError: naming the field, both values and the way out.
     """
     for field in dataclasses.fields(ModelConfig):
-        name, old, new = field.name, getattr(source, field.name), getattr(target, field.name)
+        name, old, new = field.name, _size(source, field.name), _size(target, field.name)
         if name in _MAY_GROW and new < old:
             raise UserError(
                 f"cannot grow {name} from {old} to {new}: the target is smaller than the source; "
@@ -130,6 +131,11 @@ def check_growth(source: ModelConfig, target: ModelConfig) -> None:
             f"{target.heads_per_group}: groups are copied whole; set the target's num_heads to at "
             f"least {target.num_kv_heads * source.heads_per_group}"
         )
+    if target.shared_mlp_dim and not source.shared_mlp_dim:
+        raise UserError(
+            f"cannot grow a shared expert of {target.shared_mlp_dim} units out of none: set the "
+            "target's shared_mlp_dim to 0, or share units when scaling out"
+        )
     if target.tie_embeddings and not source.tie_embeddings:
         raise UserError(
             "cannot grow an untied head into tied embeddings: set the target's "
@@ -139,15 +145,24 @@ def check_growth(source: ModelConfig, target: ModelConfig) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ScaleUp:
-    """`scale_up` as a value: a setting of a run, or a growth from disk to disk.
+    """`scale_up` as a value: a setting of a run, or of a growth from disk to disk.
 
     Attributes:
-        method: "fpi", "isometric", "zero_pad", "aki", "aki_pro" or "latent".
-        depth: "stacking", "interpolation", "solar" or "identity"; None takes the method's own.
-        split: "even" or "uneven".
-        noise: on new units, in units of a fresh matrix's deviation.
-        new_head: "mean" or "zero": what the head gives new tokens.
-        seed: of uneven parts.
+        method: "fpi" (copies; exact in width for whole multiples of it), "isometric" (scaled
+            copies; exact at any width), "zero_pad" (new channels zero, new units unread; exact),
+            "aki" and "aki_pro" (new units from the layer above; not exact), "latent" (new units
+            from the layer above, unread at first; exact). KV groups are copied whole, and kept
+            in number by "aki" and "aki_pro".
+        depth: "stacking", "interpolation", "solar" or "identity" (inserted layers add nothing;
+            exact); None takes the method's own: stacking for "aki", interpolation for "fpi" and
+            "aki_pro", else identity.
+        split: "even", or "uneven": copies are read in random parts, which tells them apart and
+            keeps exactness (LEMON). Changes nothing where new units are unread.
+        noise: standard deviation of normal noise on new units of matrices, in units of a freshly
+            initialised matrix's; not exact unless 0.
+        new_head: head of new tokens: "mean" of the others' weights, or "zero". Their embedding
+            is the mean.
+        seed: of uneven parts and noise.
     """
 
     method: str = "aki_pro"
@@ -212,6 +227,11 @@ class ScaleUp:
             )
 
 
+def _size(config: ModelConfig, name: str) -> Any:
+    """A field's value, with what 0 stands for."""
+    return config.expert_dim if name == "expert_mlp_dim" else getattr(config, name)
+
+
 def _check_name(what: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
         raise UserError(f"no {what} {name!r}; there are {', '.join(known)}")
@@ -225,106 +245,174 @@ def scale_out(
     experts_per_token: int = 2,
     router_std: float = 0.02,
     key: jax.Array,
+    shared_mlp_dim: int = 0,
+    moe_every: int = 1,
+    renormalize_gates: bool | None = None,
+    **variations: Any,
 ) -> GrowthResult:
     """Initialise a mixture of experts from a dense model, by sparse upcycling.
 
-    Every expert is a copy of its layer's MLP; routers are normal with mean 0. With the
-    configuration's `renormalize_gates` the function is kept exactly. Pure, like `scale_up`.
+    Every expert is a copy of its layer's MLP; routers are normal with mean 0. With gates that are
+    renormalised the function is kept exactly. Pure, like `scale_up`.
 
     Args:
         params: the dense model's parameters, as nested dicts of arrays.
         config: the dense model's configuration.
-        num_experts: E.
-        experts_per_token: k.
-        router_std: standard deviation of the routers (the paper prints 0.02 as a variance).
-        key: random key of the routers.
+        num_experts: E, copies of the MLP.
+        experts_per_token: k, copies a token visits.
+        router_std: standard deviation of the routers; this and `variations` are those of
+            `ScaleOut`.
+        key: random key of routers, redrawn units and noise.
+        shared_mlp_dim: hidden units that every token visits; routed experts hold the others.
+        moe_every: only every n-th layer gets experts.
+        renormalize_gates: whether the chosen gates are divided by their sum; None as in `config`.
+        **variations: `granularity`, `redraw`, `noise` and others of `ScaleOut`.
 
     Returns:
         The `(params, config, certificate)` of the mixture; dtype as in the source.
 
     Raises:
-        UserError: the source has experts already, or E and k do not fit each other.
+        UserError: the source has experts already, or the settings do not fit each other.
 
     References:
         Sparse Upcycling (arXiv 2212.05055); AquilaMoE (arXiv 2408.06567), section on Scale-Out.
     """
-    plan, certificate = plan_scale_out(
+    _check_variations(variations)
+    growth = ScaleOut(router_std, **variations)
+    granularity = growth.granularity
+    if num_experts < 1:
+        raise UserError(f"num_experts must be at least 1, not {num_experts}")
+    if renormalize_gates is None:
+        renormalize_gates = config.renormalize_gates
+    target = dataclasses.replace(
         config,
-        num_experts=num_experts,
-        experts_per_token=experts_per_token,
-        router_std=router_std,
+        num_experts=num_experts * granularity,
+        experts_per_token=experts_per_token * granularity,
+        expert_mlp_dim=growth.expert_dim(config, shared_mlp_dim),
+        shared_mlp_dim=shared_mlp_dim,
+        moe_every=moe_every,
+        renormalize_gates=renormalize_gates,
     )
+    plan, certificate = growth.plan(config, target)
     check_source(params, config)
-    target = certificate.target
-    return GrowthResult(apply_plan(plan, params, target, key), target, certificate)
+    grown = apply_plan(plan, params, target, key)
+    return GrowthResult(grown, target, with_dtype(certificate, grown))
 
 
 @dataclasses.dataclass(frozen=True)
 class ScaleOut:
-    """`scale_out` as a setting of a run; experts are those of the run's model.
+    """`scale_out` as a value; the mixture's shape is that of the run's model.
 
     Attributes:
-        router_std: standard deviation of the routers.
+        router_std: standard deviation of the routers (the paper prints 0.02 as a variance).
+        noise: standard deviation of noise on experts, in units of a freshly initialised matrix's;
+            not exact unless 0.
+        noise_fraction: share of the weights that get it.
+        redraw: share of every expert's hidden units that are drawn anew from their mean and
+            deviation (Drop-Upcycling, arXiv 2502.19261); not exact unless 0.
+        granularity: G, experts a copy of the MLP is cut into: E copies make G E experts, of which
+            a token visits G k (virtual groups, arXiv 2410.07524; exact).
+        compensate: multiply experts' outputs by E / k, for gates that are not renormalised.
+        spread_scale: spread that factor, and G, over gate, up and down as cube roots (arXiv
+            2410.07524) rather than give it to down alone; not exact.
+        seed: of the choice of redrawn units.
     """
 
     router_std: float = 0.02
+    noise: float = 0.0
+    noise_fraction: float = 1.0
+    redraw: float = 0.0
+    granularity: int = 1
+    compensate: bool = False
+    spread_scale: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("router_std", 0), ("noise", 0), ("granularity", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, but is {getattr(self, name)}")
+        if not 0 <= self.redraw <= 1:
+            raise UserError(f"redraw is a share of units, from 0 to 1, not {self.redraw}")
+        if not 0 < self.noise_fraction <= 1:
+            raise UserError(f"noise_fraction must lie in (0, 1], but is {self.noise_fraction}")
 
     @property
     def kind(self) -> str:
         """Its name in ledgers."""
         return "scale_out"
 
-    def plan(self, source: ModelConfig, target: ModelConfig) -> tuple[Plan, Certificate]:
-        """How every leaf of `target` comes from `source`.
+    def expert_dim(self, source: ModelConfig, shared_mlp_dim: int) -> int:
+        """Hidden units of one expert; 0 where that is the MLP's own width.
 
         Raises:
-            UserError: `target` differs from `source` in more than its experts.
+            UserError: the units that are not shared cannot be cut into `granularity` equal parts.
         """
-        plan, certificate = plan_scale_out(
-            source,
-            num_experts=target.num_experts,
-            experts_per_token=target.experts_per_token,
-            router_std=self.router_std,
+        routed = source.mlp_dim - shared_mlp_dim
+        if routed < self.granularity or routed % self.granularity:
+            raise UserError(
+                f"{routed} hidden units (mlp_dim {source.mlp_dim} less shared_mlp_dim "
+                f"{shared_mlp_dim}) cannot be cut into {self.granularity} equal experts: choose "
+                "another granularity or shared_mlp_dim"
+            )
+        size = routed // self.granularity
+        return 0 if size == source.mlp_dim else size
+
+    def plan(self, source: ModelConfig, target: ModelConfig) -> tuple[Plan, Certificate]:
+        """How every leaf of `target` comes from `source`, checked, without any parameters.
+
+        Raises:
+            UserError: `source` is a mixture, or `target` differs from it in more than its experts.
+        """
+        self._check(source, target)
+        how = Upcycling(**dataclasses.asdict(self))
+        plan = upcycle_plan(source, target, how)
+        check_plan(plan, source, target)
+        exact = is_upcycling_exact(target, how)
+        certificate = certificate_of(
+            plan, source, target, method="sparse_upcycling", depth="", exact=exact
         )
-        for field in dataclasses.fields(ModelConfig):
-            reached, wanted = (getattr(c, field.name) for c in (certificate.target, target))
-            if reached != wanted:
-                raise UserError(
-                    f"scale-out cannot change {field.name} from {reached} to {wanted}: "
-                    "scale up first, or set the target's value to the source's"
-                )
         return plan, certificate
 
+    def _check(self, source: ModelConfig, target: ModelConfig) -> None:
+        if source.is_moe:
+            raise UserError(
+                f"the source already has {source.num_experts} experts: scale_out starts from a "
+                "dense model"
+            )
+        if not target.is_moe:
+            raise UserError("scale_out makes experts, but the target's num_experts is 0")
+        for name in ("num_experts", "experts_per_token"):
+            if getattr(target, name) % self.granularity:
+                raise UserError(
+                    f"{name} ({getattr(target, name)}) must be a multiple of the granularity "
+                    f"({self.granularity}): that many experts make one copy of the MLP"
+                )
+        if self.compensate and target.renormalize_gates:
+            raise UserError(
+                "compensate=True would multiply outputs of renormalised gates: set "
+                "renormalize_gates to False, or compensate to False"
+            )
+        size = self.expert_dim(source, target.shared_mlp_dim) or source.mlp_dim
+        for field in dataclasses.fields(ModelConfig):
+            expected = {"expert_mlp_dim": size}.get(field.name, _size(source, field.name))
+            wanted = _size(target, field.name)
+            if field.name not in _MADE_BY_SCALE_OUT and expected != wanted:
+                raise UserError(
+                    f"scale-out cannot change {field.name} from {expected} to {wanted}: scale up "
+                    "first, or set the target's value to the former"
+                )
 
-def plan_scale_out(
-    config: ModelConfig, *, num_experts: int, experts_per_token: int, router_std: float
-) -> tuple[Plan, Certificate]:
-    """The checked plan of `scale_out` and its certificate, without any parameters.
 
-    Raises:
-        UserError: the source has experts already, or E and k do not fit each other.
-    """
-    if config.is_moe:
-        raise UserError(
-            f"the source already has {config.num_experts} experts: scale_out starts from a "
-            "dense model"
-        )
-    if num_experts < 1:
-        raise UserError(f"num_experts must be at least 1, not {num_experts}")
-    if router_std < 0:
-        raise UserError(f"router_std must not be negative, but is {router_std}")
-    target = dataclasses.replace(
-        config, num_experts=num_experts, experts_per_token=experts_per_token
-    )
-    plan = upcycle_plan(target, router_std)
-    check_plan(plan, config, target)
-    certificate = certificate_of(
-        plan,
-        config,
-        target,
-        method="sparse_upcycling",
-        depth="",
-        # All gates of a softmax sum to 1 without being divided.
-        exact=target.renormalize_gates or experts_per_token == num_experts,
-    )
-    return plan, certificate
+def _check_variations(variations: Mapping[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(ScaleOut)}
+    if unknown := sorted(set(variations) - known):
+        raise UserError(f"scale_out knows no {', '.join(unknown)}; it knows {', '.join(known)}")
+
+
+_MADE_BY_SCALE_OUT = (
+    "num_experts",
+    "experts_per_token",
+    "shared_mlp_dim",
+    "moe_every",
+    "renormalize_gates",
+)

@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from aquila_jax import axes
-from aquila_jax.axes import EMBED, LAYERS, VOCAB, Parameter
+from aquila_jax.axes import EMBED, VOCAB, Parameter
 from aquila_jax.config import ModelConfig
+from aquila_jax.errors import UserError
 from aquila_jax.growth.axis_map import AxisMap, width_maps
 from aquila_jax.growth.depth import Depth
 from aquila_jax.growth.rules import Extend, Mapped, Noise, Take, UpperLayer
@@ -132,23 +133,55 @@ def width_plan(
     }
     if options.uneven:
         scales = {axis: _unevenly(scales[axis], maps[axis], axis, options.seed) for axis in maps}
-    above = np.minimum(depth.layers + 1, source.num_layers - 1) if operator.uses_upper else None
     plan = {}
     for path, parameter in axes.parameters(target).items():
         # A head that was tied takes its rows from the embedding.
         untied = path == "lm_head/kernel" and source.tie_embeddings
-        stacked = LAYERS in parameter.axes
+        stack = _stack(parameter, source, target, depth)
+        layers, silent = stack if stack is not None else (None, None)
+        above = _above(parameter, source, layers) if operator.uses_upper else None
         plan[path] = Mapped(
             source="token_embedder/embedding" if untied else path,
             transpose=untied,
             extend=_new_tokens(parameter, source, target, options),
-            layers=depth.layers if stacked else None,
+            layers=layers,
             takes=_takes(parameter, maps, scales, operator.uses_upper, target.tie_embeddings),
-            upper=_upper(parameter, maps, above) if stacked else None,
-            silent=depth.silent if _is_silenced(parameter) and depth.silent.any() else None,
+            upper=_upper(parameter, maps, above),
+            silent=silent if EMBED in parameter.writes and depth.silent.any() else None,
             noise=_noise(parameter, maps, target, options),
         )
     return plan
+
+
+def _stack(
+    parameter: Parameter, source: ModelConfig, target: ModelConfig, depth: Depth
+) -> Depth | None:
+    """Where in the source's stack a leaf's layers are; None for a leaf without layers.
+
+    Raises:
+        UserError: experts would have to come from a dense layer, or the other way round.
+    """
+    axis = parameter.axes[0]
+    if axis not in axes.LAYER_AXES:
+        return None
+    theirs = {layer: place for place, layer in enumerate(axes.layers_of(source, axis))}
+    mine = np.array(axes.layers_of(target, axis))
+    taken = depth.layers[mine]
+    if not set(taken.tolist()) <= set(theirs):
+        raise UserError(
+            f"with experts in every {source.moe_every} layers this depth would make them from "
+            "dense layers: use stacking, which keeps the order of the two"
+        )
+    return Depth(np.array([theirs[layer] for layer in taken.tolist()]), depth.silent[mine])
+
+
+def _above(
+    parameter: Parameter, source: ModelConfig, layers: np.ndarray | None
+) -> np.ndarray | None:
+    """The next layer of the source that has this parameter; the last one's is its own."""
+    if layers is None:
+        return None
+    return np.minimum(layers + 1, len(axes.layers_of(source, parameter.axes[0])) - 1)
 
 
 def _takes(
@@ -167,7 +200,7 @@ def _takes(
     the source's values, and those it writes receive r times the source's gradients. Copies that
     start at zero, or hold another layer's values, receive what the source cannot tell.
     """
-    is_final_norm = parameter.is_gain and LAYERS not in parameter.axes
+    is_final_norm = parameter.is_gain and parameter.axes[0] not in axes.LAYER_AXES
     takes = []
     for dim, axis in enumerate(parameter.axes):
         axis_map = maps.get(axis)
@@ -222,11 +255,6 @@ def _is_new(
             shape[dim] = -1
             is_new = is_new | maps[axis].is_new.reshape(shape)
     return is_new
-
-
-def _is_silenced(parameter: Parameter) -> bool:
-    """Whether an inserted layer must not write this: what a layer adds to the residual."""
-    return LAYERS in parameter.axes and EMBED in parameter.writes
 
 
 def _noise(

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from aquila_jax import axes
-from aquila_jax.axes import BATCH, EMBED, LAYERS, MLP
+from aquila_jax.axes import BATCH, EMBED, LAYER_AXES, MLP
 from aquila_jax.config import ModelConfig
 from aquila_jax.sharding import Layout
 
@@ -19,12 +19,13 @@ _EMBEDDING_STD = 0.02
 def declare(module: nn.Module, config: ModelConfig, path: str) -> jax.Array:
     """The float32 parameter that `aquila_jax.axes` calls `path`, inside the module that holds it.
 
-    Inside a scan over layers a module sees one layer, so the layers axis is left out. Initial
+    Inside a scan over layers a module sees one layer, so the axis of layers is left out. Initial
     values: ones for gains, zeros for biases, and for matrices a normal of variance 1 / fan-in,
     divided by 2 L where the matrix adds to the residual (GPT-2's rule).
     """
     parameter = axes.parameters(config)[path]
-    shape = tuple(axes.axis_size(config, axis) for axis in parameter.axes if axis != LAYERS)
+    layered = parameter.axes[0] in LAYER_AXES
+    shape = parameter.shape(config)[1:] if layered else parameter.shape(config)
     if parameter.is_gain:
         init = nn.initializers.ones_init()
     elif not parameter.reads:
@@ -33,7 +34,7 @@ def declare(module: nn.Module, config: ModelConfig, path: str) -> jax.Array:
         init = nn.initializers.normal(_EMBEDDING_STD)
     else:
         std = 1.0 / math.sqrt(parameter.fan_in(config))
-        if LAYERS in parameter.axes and parameter.writes == (EMBED,):
+        if layered and parameter.writes == (EMBED,):
             std /= math.sqrt(2 * config.num_layers)
         init = nn.initializers.normal(std)
     return module.param(path.rsplit("/", 1)[-1], init, shape, jnp.float32)
@@ -55,8 +56,17 @@ class RMSNorm(nn.Module):
         return (normalised * scale_D).astype(x_BTD.dtype)
 
 
+def gated_units(
+    x_BTD: Float[Array, "B T D"], gate_DF: Float[Array, "D F"], up_DF: Float[Array, "D F"]
+) -> Float[Array, "B T F"]:
+    """The hidden units of SwiGLU (arXiv 2002.05202): silu(gate(x)) * up(x)."""
+    gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, gate_DF)
+    up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, up_DF)
+    return nn.silu(gate_BTF) * up_BTF
+
+
 class GatedMLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
 
     config: ModelConfig
     dtype: DTypeLike
@@ -69,9 +79,7 @@ class GatedMLP(nn.Module):
             declare(self, self.config, f"layers/mlp/{name}").astype(self.dtype)
             for name in ("gate", "up", "down")
         )
-        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, gate_DF)
-        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, up_DF)
-        hidden_BTF = nn.silu(gate_BTF) * up_BTF
+        hidden_BTF = gated_units(x_BTD, gate_DF, up_DF)
         if self.layout is not None:
             hidden_BTF = self.layout.constrain(hidden_BTF, BATCH, None, MLP)
         return jnp.einsum("BTF,FD->BTD", hidden_BTF, down_FD)

@@ -1,4 +1,4 @@
-"""Mixture of experts: route, evaluate experts, combine.
+"""Mixture of experts: route, evaluate experts, combine; beside them perhaps a shared expert.
 
 This is the readable reference: every expert is evaluated on every token and the gates of those
 not chosen are zero. Nothing is dropped, and the arithmetic costs E / k of what is needed.
@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from aquila_jax.axes import BATCH, MLP
+from aquila_jax.axes import BATCH, EXPERT_MLP, SHARED_MLP
 from aquila_jax.config import ModelConfig
-from aquila_jax.nn.layers import declare
+from aquila_jax.nn.layers import declare, gated_units
 from aquila_jax.sharding import Layout
 
-# The Linen collection in which a mixture leaves its `Routing.losses`, one entry a layer.
+# The Linen collection in which mixtures leave their losses and load, stacked by depth.
 ROUTER = "router"
 
 
@@ -75,7 +75,11 @@ def route(
 
 
 class MixtureOfExperts(nn.Module):
-    """E gated MLPs, of which every token visits k; the router works in float32."""
+    """E gated MLPs, of which every token visits k, and perhaps one that all visit.
+
+    The router works in float32. The shared expert (DeepSeekMoE, arXiv 2401.06066) is not routed:
+    its output is added with weight 1.
+    """
 
     config: ModelConfig
     dtype: DTypeLike
@@ -104,7 +108,8 @@ class MixtureOfExperts(nn.Module):
         for name in ("load_balance_loss", "router_z_loss", "load_E"):
             # Linen's sow collects a tuple of every call; there is one call, so keep its value.
             self.sow(ROUTER, name, getattr(routing, name), reduce_fn=lambda _, new: new)
-        return self._experts(x_BTD, routing.gates_BTE.astype(self.dtype))
+        out_BTD = self._experts(x_BTD, routing.gates_BTE.astype(self.dtype))
+        return out_BTD + self._shared_expert(x_BTD) if config.shared_mlp_dim else out_BTD
 
     def _experts(self, x_BTD: jax.Array, gates_BTE: jax.Array) -> jax.Array:
         """The experts' outputs, weighted and summed, one expert after the other.
@@ -120,11 +125,9 @@ class MixtureOfExperts(nn.Module):
         @jax.checkpoint
         def add_expert(sum_BTD: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
             gate_DF, up_DF, down_FD, gate_BT = expert
-            gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, gate_DF)
-            up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, up_DF)
-            hidden_BTF = nn.silu(gate_BTF) * up_BTF * gate_BT[..., None]
+            hidden_BTF = gated_units(x_BTD, gate_DF, up_DF) * gate_BT[..., None]
             if self.layout is not None:
-                hidden_BTF = self.layout.constrain(hidden_BTF, BATCH, None, MLP)
+                hidden_BTF = self.layout.constrain(hidden_BTF, BATCH, None, EXPERT_MLP)
             return sum_BTD + jnp.einsum("BTF,FD->BTD", hidden_BTF, down_FD), None
 
         gates_EBT = jnp.moveaxis(gates_BTE, -1, 0)
@@ -132,3 +135,13 @@ class MixtureOfExperts(nn.Module):
             add_expert, jnp.zeros_like(x_BTD), (gate_EDF, up_EDF, down_EFD, gates_EBT)
         )
         return out_BTD
+
+    def _shared_expert(self, x_BTD: jax.Array) -> jax.Array:
+        gate_DS, up_DS, down_SD = (
+            declare(self, self.config, f"layers/moe/shared_{name}").astype(self.dtype)
+            for name in ("gate", "up", "down")
+        )
+        hidden_BTS = gated_units(x_BTD, gate_DS, up_DS)
+        if self.layout is not None:
+            hidden_BTS = self.layout.constrain(hidden_BTS, BATCH, None, SHARED_MLP)
+        return jnp.einsum("BTS,SD->BTD", hidden_BTS, down_SD)

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from aquila_jax import axes
 from aquila_jax.axes import BATCH, VOCAB
 from aquila_jax.config import ModelConfig
 from aquila_jax.nn.attention import Attention, causal_mask
+from aquila_jax.nn.groups import scanned, scanned_groups
 from aquila_jax.nn.layers import GatedMLP, RMSNorm, declare
 from aquila_jax.nn.moe import ROUTER, MixtureOfExperts
 from aquila_jax.sharding import Layout
@@ -32,6 +34,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     dtype: DTypeLike
+    has_experts: bool
     layout: Layout | None = None
 
     @nn.compact
@@ -48,7 +51,7 @@ class Block(nn.Module):
         attention = Attention(config, dtype, layout, name="attention")
         x_BTD += attention(norm(x_BTD), positions_BT, mask_B1TT)
         normalised_BTD = RMSNorm(config, "layers/pre_mlp_norm/scale", name="pre_mlp_norm")(x_BTD)
-        if config.is_moe:
+        if self.has_experts:
             moe = MixtureOfExperts(config, dtype, layout, name="moe")
             x_BTD += moe(normalised_BTD, is_token_BT)
         else:
@@ -147,19 +150,17 @@ class Transformer(nn.Module):
         )
 
     def _layers(self) -> nn.Module:
-        """All layers as one scanned module, whose parameters have a leading layers axis."""
+        """All layers as one scanned module, whose parameters are stacked on a leading axis."""
         block = Block
         if self.remat != "none":
             # A scan's body is not merged with its neighbours, so nothing needs guarding.
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0, ROUTER: 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] - flax declares int
-            length=self.config.num_layers,
-        )
-        return scanned(self.config, self.dtype, self.layout, name="layers")
+        config, dtype, layout = self.config, self.dtype, self.layout
+        if config.moe_every == 1:
+            layers = scanned(block, config.num_layers)
+            return layers(config, dtype, config.is_moe, layout, name="layers")
+        groups = scanned_groups(config, is_initializing=self.is_initializing())
+        return groups(block, config, dtype, layout, name="layers")
 
 
 def forward(
@@ -174,7 +175,8 @@ def forward(
 
     Returns:
         Logits `[B, T, V]`, and of a mixture the means over tokens that `Routing` holds, stacked
-        by layer: `load_balance_loss` and `router_z_loss` `[L]`, `load_E` `[L, E]`.
+        by layer that has experts: `load_balance_loss` and `router_z_loss` `[L]`, `load_E`
+        `[L, E]`.
     """
     logits_BTV, variables = model.apply(
         {"params": params},
@@ -183,5 +185,7 @@ def forward(
         batch["positions"],
         mutable=[ROUTER],
     )
-    routing = variables[ROUTER]["layers"]["moe"] if model.config.is_moe else {}
-    return cast(jax.Array, logits_BTV), cast(dict[str, jax.Array], routing)
+    # Groups of layers report from one module deeper than layers that are all alike.
+    reports = axes.flatten(cast(Mapping[str, Any], variables.get(ROUTER, {})))
+    routing = {path.rsplit("/", 1)[-1]: report for path, report in reports.items()}
+    return cast(jax.Array, logits_BTV), routing

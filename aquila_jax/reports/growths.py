@@ -1,7 +1,7 @@
 """What each growth did, told from its certificate, as HTML."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from aquila_jax.reports import words
 from aquila_jax.reports.lineup import Entry
@@ -31,7 +31,8 @@ def _growth(entry: Entry, certificate: Certificate) -> str:
     before = entry.stages[-2] if len(entry.stages) > 1 else None
     return (
         f'<article><h3><i class="swatch {entry.style}"></i>{esc(entry.label)}: {esc(how)}</h3>'
-        f"<p>{esc(promise[0].upper() + promise[1:])}. {esc(_jump(before, entry.stage))}</p>"
+        f"<p>{esc(promise[0].upper() + promise[1:])}. {esc(_jump(before, entry.stage))}"
+        f"{esc(_measured(certificate.measured))}</p>"
         f"{_changes(certificate)}{_origins(certificate)}{_leaves(certificate)}</article>"
     )
 
@@ -43,6 +44,17 @@ def _jump(before: Stage | None, stage: Stage) -> str:
         return ""
     losses = f"from {words.loss(ended)} to {words.loss(started)}"
     return f"Validation loss went {losses} ({started - ended:+.3f})."
+
+
+def _measured(measured: Mapping[str, float]) -> str:
+    """What the certificate saw on its probe, where it was measured."""
+    if not measured:
+        return ""
+    return (
+        f" On a probe of {measured['num_tokens']:.0f} predictions the loss went from "
+        f"{words.loss(measured['source_loss'])} to {words.loss(measured['grown_loss'])}; KL "
+        f"{measured['kl']:.2g} nats, logits at most {measured['max_logit_difference']:.2g} apart."
+    )
 
 
 def _changes(certificate: Certificate) -> str:

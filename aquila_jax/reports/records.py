@@ -90,6 +90,7 @@ class Certificate:
     source: Mapping[str, Any]
     target: Mapping[str, Any]
     leaves: tuple[Leaf, ...]
+    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,7 @@ def _read_certificate(path: Path) -> Certificate:
             source=dict(raw.get("source") or {}),
             target=dict(raw.get("target") or {}),
             leaves=leaves,
+            measured={str(k): float(v) for k, v in (raw.get("measured") or {}).items()},
         )
     except KeyError as error:
         raise UserError(f"{path} has no {error}: {_RESTORE}") from error

@@ -14,6 +14,7 @@ from aquila_jax import accounting, axes
 from aquila_jax.config import ModelConfig
 from aquila_jax.errors import UserError
 from aquila_jax.growth import ScaleOut, ScaleUp
+from aquila_jax.growth.optimizer_state import check_policy
 from aquila_jax.nn import Transformer
 from aquila_jax.nn.transformer import REMAT_POLICIES
 from aquila_jax.sharding import Layout, MeshShape
@@ -84,6 +85,10 @@ class TrainRun:
         init_from: MODEL_DIR whose newest checkpoint gives the first parameters; "" for scratch.
         init_from_model: the architecture expected there; checked before it exists.
         growth: how parameters of `init_from` become those of `model`; None takes them as they are.
+        optimizer_state: what a growth makes of the parent's moments: "reset", "map" or
+            "keep_old_zero_new" (`aquila_jax.growth.optimizer_state`). The schedule starts anew
+            over this run's steps either way; Adam's count of updates, which its bias correction
+            reads, goes on where moments do.
         mesh: how devices are arranged.
         sharding_rules: changes to `aquila_jax.sharding.DEFAULT_RULES`.
         dtype: of activations and of weights in use; parameters stay float32.
@@ -107,6 +112,7 @@ class TrainRun:
     init_from: str = ""
     init_from_model: ModelConfig | None = None
     growth: ScaleUp | ScaleOut | None = None
+    optimizer_state: str = "reset"
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
     sharding_rules: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     dtype: str = "bfloat16"
@@ -143,6 +149,7 @@ class TrainRun:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name} must be a whole number, at least 1, not {value!r}")
+        check_policy(self.optimizer_state)
         self._check_data()
         if self.growth is not None and not self.init_from:
             raise UserError(f"{self.growth} grows nothing: set init_from to the parent's MODEL_DIR")
@@ -257,7 +264,7 @@ def build(run: TrainRun, steps: int) -> Compiled:
     shapes = jax.eval_shape(
         lambda params: new_state(params, optimizer), axes.abstract_params(run.model)
     )
-    abstract = _placed(shapes, state_shardings(shapes, layout, run.model))
+    abstract = placed(shapes, state_shardings(shapes, layout, run.model))
     train_step = make_train_step(model, optimizer, run.router_losses)
     return Compiled(model, layout, optimizer, train_step, abstract)
 
@@ -285,7 +292,8 @@ def model_on_mesh(run: TrainRun) -> tuple[Transformer, Layout]:
     return model, layout
 
 
-def _placed(shapes: Any, shardings: Any) -> Any:
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Abstract arrays, each with its sharding."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -299,7 +307,7 @@ def abstract_params(config: ModelConfig, layout: Layout) -> Any:
     Raises:
         UserError: they do not fit the mesh.
     """
-    return _placed(axes.abstract_params(config), layout.params(config))
+    return placed(axes.abstract_params(config), layout.params(config))
 
 
 def place_batch(batch: Mapping[str, np.ndarray], layout: Layout) -> dict[str, jax.Array]:

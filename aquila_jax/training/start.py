@@ -7,15 +7,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
+from aquila_jax import axes
 from aquila_jax.config import ModelConfig
 from aquila_jax.errors import UserError
+from aquila_jax.evaluation import certify
 from aquila_jax.files import write_json
-from aquila_jax.growth import Certificate, apply_plan
+from aquila_jax.growth import Certificate, GrowthResult, apply_plan
+from aquila_jax.growth.compose import Plan
+from aquila_jax.growth.optimizer_state import grow_moments
 from aquila_jax.training.checkpoints import Checkpoints, open_existing
 from aquila_jax.training.ledger import Ledger, Stage
-from aquila_jax.training.run import Compiled, Data, TrainRun, abstract_params
-from aquila_jax.training.step import TrainState, new_state
+from aquila_jax.training.run import Compiled, Data, TrainRun, abstract_params, placed
+from aquila_jax.training.step import TrainState, new_state, state_shardings
 
 CERTIFICATE_FILE = "certificate.json"
 
@@ -101,23 +107,80 @@ def _from_parent(run: TrainRun, compiled: Compiled, steps: int) -> Start:
         source = ModelConfig.from_dict(meta["config"])
         run.check_parent(source)
         check_vocabulary(run.data, meta, run.init_from)
-        params = parent.restore_params(parent_step, abstract_params(source, compiled.layout))
+        abstract = abstract_params(source, compiled.layout)
+        adam = None
+        if run.optimizer_state == "reset" or run.growth is None:
+            params = parent.restore_params(parent_step, abstract)
+        else:
+            params, adam = _with_moments(run, compiled, parent, abstract, source)
     reason = f"from step {parent_step} of {run.init_from}"
     origin, method = "restored", ""
     if run.growth is not None:
         plan, certificate = run.growth.plan(source, run.model)
         grow = functools.partial(apply_plan, plan, target=run.model)
-        params = jax.jit(grow, out_shardings=_shardings(compiled.abstract.params))(
+        grown = jax.jit(grow, out_shardings=_shardings(compiled.abstract.params))(
             params, key=jax.random.key(run.seed)
         )
-        _write_certificate(run.path, certificate)
+        before, after = (params, source), GrowthResult(grown, run.model, certificate)
+        certificate = certify(before, after, _probe(run.data), dtype=jnp.dtype(run.dtype))
+        write_json(run.path / CERTIFICATE_FILE, certificate.to_dict())
+        params = grown
+        if adam is not None:
+            adam = _grow_adam(run, compiled, plan, certificate, adam)
         origin, method = run.growth.kind, certificate.method
         kept = "exact" if certificate.exact else "not exact"
         reason += f", grown by {method} ({kept})"
     ledger = Ledger.from_dict(meta["ledger"]).begin(
         Stage(run.name, origin, method, run.model, steps)
     )
-    return Start(_state(compiled, params), ledger, reason, is_new=True)
+    state = _state(compiled, params)
+    if adam is not None:
+        state = state._replace(opt_state=_replace_adam(state.opt_state, adam))
+        reason += f", moments by {run.optimizer_state}"
+    return Start(state, ledger, reason, is_new=True)
+
+
+def _with_moments(
+    run: TrainRun, compiled: Compiled, parent: Checkpoints, abstract: Any, source: ModelConfig
+) -> tuple[Any, optax.ScaleByAdamState]:
+    """The parent's parameters and Adam's state, read as this run's optimizer would hold them."""
+    step = parent.latest_step or 0
+    # Of any length: a schedule's state is its count.
+    optimizer = run.optimizer.build(10**6, axes.parameters(source))
+    shapes = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), abstract)
+    shardings = state_shardings(shapes, compiled.layout, source)
+    state = parent.restore_state(step, placed(shapes, shardings))
+    (adam,) = _adam_states(state.opt_state)
+    return state.params, adam
+
+
+def _grow_adam(
+    run: TrainRun, compiled: Compiled, plan: Plan, certificate: Certificate, adam: Any
+) -> optax.ScaleByAdamState:
+    """Adam's state of the grown model, on its shardings."""
+    shardings = _shardings(compiled.abstract.params)
+    mu, nu = (
+        jax.jit(
+            functools.partial(
+                grow_moments, plan, certificate, power=power, policy=run.optimizer_state
+            ),
+            out_shardings=shardings,
+        )(moments)
+        for power, moments in ((1, adam.mu), (2, adam.nu))
+    )
+    return adam._replace(mu=mu, nu=nu)
+
+
+def _is_adam(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+def _adam_states(opt_state: Any) -> list[optax.ScaleByAdamState]:
+    return [node for node in jax.tree.leaves(opt_state, is_leaf=_is_adam) if _is_adam(node)]
+
+
+def _replace_adam(opt_state: Any, adam: optax.ScaleByAdamState) -> Any:
+    return jax.tree.map(lambda n: adam if _is_adam(n) else n, opt_state, is_leaf=_is_adam)
 
 
 def _initial_params(compiled: Compiled, tokens: Any, key: jax.Array) -> Any:
@@ -133,5 +196,7 @@ def _shardings(abstract: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def _write_certificate(model_dir: Path, certificate: Certificate) -> None:
-    write_json(model_dir / CERTIFICATE_FILE, certificate.to_dict())
+def _probe(data: Data) -> jax.Array:
+    """A row of held-out text of every language, int32 `[languages, T]`."""
+    batches = data.validation_batches(1).values()
+    return jnp.asarray(np.stack([batch["targets"][0] for (batch,) in batches]))

@@ -12,6 +12,7 @@ from aquila_jax import ModelConfig, scale_up
 from aquila_jax.axes import flatten
 from aquila_jax.growth import ScaleUp
 from aquila_jax.growth.compose import apply_plan
+from aquila_jax.growth.rules import Mapped
 
 EXACT = ("isometric", "zero_pad", "latent")
 TOKENS = np.array([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -250,6 +251,7 @@ def test_eager_jitted_and_layer_by_layer_growth_give_the_same_bits(tiny, random_
     jitted = flatten(jax.tree.map(np.asarray, jax.jit(grow_whole)(params)))
     source = flatten(params)
     for path, rule in plan.items():
+        assert isinstance(rule, Mapped)
         assert eager[path].dtype == dtype
 
         def read(layers, leaf=source[rule.source]):

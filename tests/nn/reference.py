@@ -37,20 +37,29 @@ def _row(config, params, tokens, segments, positions):
     embedding = _wide(params["token_embedder"]["embedding"])
     x = embedding[tokens]
     layers = params["layers"]
+    mixtures, mlps = (_by_depth(layers.get(name, {})) for name in ("moe", "mlp"))
     for index in range(config.num_layers):
         attention = {name: _wide(leaf)[index] for name, leaf in layers["attention"].items()}
         normed = _norm(config, x, layers["pre_attention_norm"]["scale"][index])
         x = x + _attention(config, attention, normed, segments, positions)
         normed = _norm(config, x, layers["pre_mlp_norm"]["scale"][index])
-        if config.num_experts:
-            moe = {name: _wide(leaf)[index] for name, leaf in layers["moe"].items()}
+        if config.num_experts and index % config.moe_every == config.moe_every - 1:
+            moe = mixtures.pop(0)
             x = x + np.stack([_mixture(config, moe, token) for token in normed])
         else:
-            mlp = {name: _wide(leaf)[index] for name, leaf in layers["mlp"].items()}
+            mlp = mlps.pop(0)
             x = x + _mlp(normed, mlp["gate"], mlp["up"], mlp["down"])
+    assert not mixtures
+    assert not mlps
     x = _norm(config, x, params["final_norm"]["scale"])
     head = embedding.T if config.tie_embeddings else _wide(params["lm_head"]["kernel"])
     return x @ head
+
+
+def _by_depth(stacks):
+    """The weights of every layer that has them, first the lowest."""
+    count = len(next(iter(stacks.values()), ()))
+    return [{name: _wide(leaf)[i] for name, leaf in stacks.items()} for i in range(count)]
 
 
 def _norm(config, x, gain):
@@ -106,4 +115,7 @@ def _mixture(config, weights, x):
     if config.renormalize_gates:
         gates = gates / gates.sum()
     experts = [(weights["gate"][e], weights["up"][e], weights["down"][e]) for e in chosen]
+    if config.shared_mlp_dim:
+        gates = [*gates, 1.0]
+        experts.append((weights["shared_gate"], weights["shared_up"], weights["shared_down"]))
     return sum(gate * _mlp(x, *expert) for gate, expert in zip(gates, experts, strict=True))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -11,8 +12,9 @@ import pytest
 
 from aquila_jax import UserError, scale_up
 from aquila_jax.growth import ScaleOut, ScaleUp
+from aquila_jax.growth.optimizer_state import grow_moments
 from aquila_jax.sharding import MeshShape
-from aquila_jax.training import AdamW, Cosine, Interrupted, evaluate, grow, loop, train
+from aquila_jax.training import AdamW, Cosine, Interrupted, evaluate, grow, loop, start, train
 from aquila_jax.training.checkpoints import open_existing
 from aquila_jax.training.run import build
 
@@ -222,6 +224,47 @@ def test_growth_happens_once_and_never_on_resume(tmp_path):
     assert [step for step, _ in _losses(tmp_path / "child")] == [1, 2, 3, 4, 5, 6]
     certificate = json.loads((tmp_path / "child" / "certificate.json").read_text())
     assert (certificate["method"], certificate["exact"]) == ("aki_pro", False)
+    assert certificate["source_hash"] != certificate["target_hash"]
+    measured = certificate["measured"]
+    assert measured["num_tokens"] == 2 * 15
+    assert measured["max_logit_difference"] > 1e-3
+
+
+def _adam(run):
+    checkpoints = open_existing(run.path)
+    state = checkpoints.restore_state(checkpoints.latest_step or 0, build(run, run.steps).abstract)
+    (adam,) = start._adam_states(state.opt_state)
+    return adam, state.opt_state
+
+
+def test_moments_grow_with_the_parameters_and_the_schedule_starts_anew(tmp_path):
+    parent = tiny_run(tmp_path / "parent")
+    train(parent)
+    wider = dataclasses.replace(TINY, embed_dim=24, mlp_dim=40)
+    growth = ScaleUp("isometric")
+    child = tiny_run(
+        tmp_path / "child",
+        model=wider,
+        init_from=parent.model_dir,
+        growth=growth,
+        optimizer_state="map",
+    )
+    grow(child)
+    before, _ = _adam(parent)
+    after, opt_state = _adam(child)
+    plan, certificate = growth.plan(TINY, wider)
+    for power, old, new in ((1, before.mu, after.mu), (2, before.nu, after.nu)):
+        expected = grow_moments(plan, certificate, old, power=power, policy="map")
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), new, expected)
+    assert np.asarray(after.count) == 6
+    counts = {
+        int(leaf) for leaf in jax.tree.leaves(opt_state) if leaf.shape == () and leaf != after.count
+    }
+    assert counts == {0}
+    reset = tiny_run(tmp_path / "reset", model=wider, init_from=parent.model_dir, growth=growth)
+    grow(reset)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(_adam(reset)[0]))
+    train(child)
 
 
 def test_grow_makes_the_checkpoint_that_train_goes_on_from(tmp_path):

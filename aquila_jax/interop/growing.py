@@ -1,0 +1,221 @@
+"""Growth from disk to disk, one tensor at a time."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from aquila_jax import axes, files
+from aquila_jax.config import ModelConfig
+from aquila_jax.errors import UserError
+from aquila_jax.growth import Certificate, ScaleOut, ScaleUp
+from aquila_jax.growth.compose import Plan
+from aquila_jax.growth.rules import Mapped
+from aquila_jax.interop.directory import Directory
+from aquila_jax.interop.layout import Slice, slices, stack_axes
+from aquila_jax.interop.writer import MAX_SHARD_BYTES, Writer
+
+CERTIFICATE_FILE = "certificate.json"
+
+# Tensors under way at once; each holds a few copies of its own.
+_WORKERS = 2
+
+
+class Source(Protocol):
+    """A model on disk, read by slices; `Directory` is one."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Its architecture."""
+        ...
+
+    @property
+    def whole_leaves(self) -> bool:
+        """Whether reading one layer of a leaf reads them all, so that it is best read in a row."""
+        ...
+
+    def dtype(self, path: str) -> np.dtype:
+        """The dtype of a leaf."""
+        ...
+
+    def read(self, path: str, layer: int | None = None, expert: int | None = None) -> np.ndarray:
+        """One layer of a leaf, or one expert of one layer, in our layout."""
+        ...
+
+
+def grow_files(
+    source: str | Path | Source,
+    target: str | Path,
+    target_config: ModelConfig,
+    growth: ScaleUp | ScaleOut,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> Certificate:
+    """Grow a model on disk into a new Hugging Face directory, tensor by tensor.
+
+    The same bits as `scale_up` or `scale_out` of the loaded model would give, in memory for a few
+    tensors whatever the model's size. `target` appears whole or not at all, with `certificate.json`
+    and the source's tokenizer files in it.
+
+    Args:
+        source: a Hugging Face directory, or anything that is read like one.
+        target: the directory to make; it must not exist.
+        target_config: the grown architecture.
+        growth: what to do; `growth.seed` gives the random numbers.
+        dtype: of the tensors written; None keeps the source's.
+        max_shard_bytes: how large the tensors of one file may be together.
+        progress: called with the bytes written so far and in all, after every tensor.
+
+    Returns:
+        The growth's certificate.
+
+    Raises:
+        UserError: the source is damaged or holds NaN or Inf, the target cannot be reached from
+            it, exists, cannot be expressed or cannot be written. The source is only read.
+    """
+    companions = source if isinstance(source, str | Path) else None
+    opened: Source = Directory(source) if isinstance(source, str | Path) else source
+    plan, certificate = growth.plan(opened.config, target_config)
+    if dtype is None:
+        dtype = np.dtype(opened.dtype("token_embedder/embedding")).name
+    certificate = dataclasses.replace(certificate, dtype=dtype)
+    tensors = _Tensors(opened, plan, target_config, jax.random.key(growth.seed))
+    items = list(_work(plan, opened.config, target_config))
+    if opened.whole_leaves:
+        items.sort(key=lambda item: item[0].path)
+    writer = Writer(
+        target, target_config, dtype=dtype, max_shard_bytes=max_shard_bytes, copy_from=companions
+    )
+    total, done = sum(certificate.num_bytes(leaf) for leaf in certificate.leaves), 0
+
+    with writer:
+        writer.add_file(CERTIFICATE_FILE, files.json_bytes(certificate.to_dict()))
+        for written in _write_all(items, tensors, writer):
+            done += written * np.dtype(dtype).itemsize
+            if progress is not None:
+                progress(done, total)
+    return certificate
+
+
+def _write_all(
+    items: Sequence[tuple[Slice, range | None]], tensors: "_Tensors", writer: Writer
+) -> Iterator[int]:
+    """Builds and writes everything; yields how many elements each layer of a leaf had."""
+
+    def write(item: Slice, equal: range | None) -> int:
+        written = 0
+        for expert, array in tensors.build(item, is_copied=equal is not None):
+            numbers = expert if equal is None else equal
+            writer.write(item.path, array, layer=item.layer, experts=numbers)
+            written += array.size * (1 if equal is None else len(equal))
+        return written
+
+    with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as workers:
+        futures = [workers.submit(write, *item) for item in items]
+        try:
+            yield from (future.result() for future in futures)
+        except BaseException:
+            workers.shutdown(cancel_futures=True)
+            raise
+
+
+def _work(
+    plan: Plan, source: ModelConfig, target: ModelConfig
+) -> Iterator[tuple[Slice, range | None]]:
+    """Layers of leaves to build, in the order of the files, with the experts that are equal.
+
+    Experts of one layer of a leaf are built together; where they are equal they are built once.
+    """
+    for item in slices(target).values():
+        if item.expert:
+            continue  # built with expert 0
+        rule, equal = plan[item.path], None
+        if isinstance(rule, Mapped) and rule.experts is not None and not rule.is_random:
+            size = axes.parameters(source)[rule.source].shape(source)[rule.experts.dim]
+            equal = range(target.num_experts) if rule.experts.are_copies(size) else None
+        yield Slice(item.path, item.layer), equal
+
+
+class _Tensors:
+    """Builds slices of the target from slices of the source."""
+
+    def __init__(self, source: Source, plan: Plan, target: ModelConfig, key: jax.Array) -> None:
+        self._source, self._plan, self._target, self._key = source, plan, target, key
+        self._source_parameters = axes.parameters(source.config)
+        self._parameters = axes.parameters(target)
+
+    def build(self, item: Slice, *, is_copied: bool) -> Iterator[tuple[int | None, np.ndarray]]:
+        """One layer of a leaf, by expert where it has experts and they differ."""
+        rule, parameter = self._plan[item.path], self._parameters[item.path]
+        rows = None if item.layer is None else np.array([item.layer])
+        if isinstance(rule, Mapped):
+            if is_copied:
+                rule = dataclasses.replace(rule, experts=None)
+            read = self._reader(rule.source)
+            leaf = rule.build(read, item.path, self._key, rows, np)
+        else:
+            shape = parameter.shape(self._target)
+            shape = shape if rows is None else (1, *shape[1:])
+            dtype = self._source.dtype("token_embedder/embedding")
+            leaf = np.asarray(rule.draw(shape, dtype, item.path, self._key, rows))
+        leaf = np.asarray(leaf if rows is None else leaf[0])
+        if is_copied or axes.EXPERTS not in stack_axes(parameter):
+            yield None, leaf
+        else:
+            yield from enumerate(leaf)
+
+    def _reader(self, path: str) -> Callable[[np.ndarray | None], np.ndarray]:
+        """Reads layers of a source leaf, stacked, its experts too."""
+        stacked = stack_axes(self._source_parameters[path])
+
+        def read_one(layer: int | None) -> np.ndarray:
+            if axes.EXPERTS not in stacked:
+                return self._finite(path, layer, None)
+            experts = range(self._source.config.num_experts)
+            return np.stack([self._finite(path, layer, expert) for expert in experts])
+
+        def read(layers: np.ndarray | None) -> np.ndarray:
+            if layers is None:
+                return read_one(None)
+            if len(layers) == 1:
+                return read_one(int(layers[0]))[None]
+            return np.stack([read_one(int(layer)) for layer in layers])
+
+        return read
+
+    def _finite(self, path: str, layer: int | None, expert: int | None) -> np.ndarray:
+        """A slice, refused where it holds NaN or Inf: growth would spread it."""
+        array = self._source.read(path, layer, expert)
+        if not is_finite(array):
+            where = "" if layer is None else f" of layer {layer}"
+            where += "" if expert is None else f", expert {expert}"
+            raise UserError(
+                f"{path}{where} holds NaN or Inf: the source is damaged; grow from an earlier one"
+            )
+        return array
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether no element is NaN or Inf; sees float16, bfloat16 and float32 by their exponents."""
+    masks: dict[str, tuple[Any, int]] = {
+        "float16": (np.uint16, 0x7C00),
+        "bfloat16": (np.uint16, 0x7F80),
+        "float32": (np.uint32, 0x7F800000),
+    }
+    if array.dtype.name not in masks:
+        return bool(np.isfinite(array).all())
+    integer, exponent = masks[array.dtype.name]
+    # A transposed view is read in the order it lies in memory.
+    flat = array.ravel(order="K").view(integer)
+    step = 1 << 20
+    return not any(
+        ((flat[start : start + step] & integer(exponent)) == exponent).any()
+        for start in range(0, flat.size, step)
+    )

@@ -1,0 +1,194 @@
+"""Hugging Face's tensors of a model: their names, their shapes, and which part of ours each is.
+
+Every family read or written here names its tensors alike, so there is one table of names. The
+layout needs no table: it follows from what `aquila_jax.axes` says a parameter reads and writes.
+In memory layers and experts are stacked and inputs come first, `query [L, D, N, H]`; on disk
+every layer and every expert is a tensor of its own and outputs come first, `[N * H, D]`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from aquila_jax import axes
+from aquila_jax.axes import Parameter
+from aquila_jax.config import ModelConfig
+from aquila_jax.errors import UserError
+
+NAMES: Mapping[str, str] = {
+    "token_embedder/embedding": "model.embed_tokens.weight",
+    "layers/pre_attention_norm/scale": "model.layers.{layer}.input_layernorm.weight",
+    "layers/attention/query": "model.layers.{layer}.self_attn.q_proj.weight",
+    "layers/attention/query_bias": "model.layers.{layer}.self_attn.q_proj.bias",
+    "layers/attention/key": "model.layers.{layer}.self_attn.k_proj.weight",
+    "layers/attention/key_bias": "model.layers.{layer}.self_attn.k_proj.bias",
+    "layers/attention/value": "model.layers.{layer}.self_attn.v_proj.weight",
+    "layers/attention/value_bias": "model.layers.{layer}.self_attn.v_proj.bias",
+    "layers/attention/out": "model.layers.{layer}.self_attn.o_proj.weight",
+    "layers/pre_mlp_norm/scale": "model.layers.{layer}.post_attention_layernorm.weight",
+    "layers/mlp/gate": "model.layers.{layer}.mlp.gate_proj.weight",
+    "layers/mlp/up": "model.layers.{layer}.mlp.up_proj.weight",
+    "layers/mlp/down": "model.layers.{layer}.mlp.down_proj.weight",
+    "layers/moe/router": "model.layers.{layer}.block_sparse_moe.gate.weight",
+    "layers/moe/gate": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
+    "layers/moe/up": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
+    "layers/moe/down": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
+    "final_norm/scale": "model.norm.weight",
+    "lm_head/kernel": "lm_head.weight",
+}
+
+# How many tensors an error names of each kind.
+_MOST_LISTED = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """What is one tensor on disk: a leaf of ours, or one layer of it, or one expert of one layer.
+
+    Attributes:
+        path: the leaf, as in `axes.parameters`.
+        layer: index along its layers axis; None where it has none.
+        expert: index along its stack of experts; None where it has none.
+    """
+
+    path: str
+    layer: int | None = None
+    expert: int | None = None
+
+    @property
+    def index(self) -> tuple[int, ...]:
+        """Where the slice lies along the leading axes of its leaf."""
+        return tuple(i for i in (self.layer, self.expert) if i is not None)
+
+
+def stack_axes(parameter: Parameter) -> tuple[str, ...]:
+    """The leading axes of a leaf that are unrolled on disk; a router's experts are not."""
+    computed = (*parameter.reads, *parameter.writes)
+    return tuple(
+        axis for axis in parameter.axes if axis in axes.STACK_AXES and axis not in computed
+    )
+
+
+def slice_shape(parameter: Parameter, config: ModelConfig) -> tuple[int, ...]:
+    """The shape of one slice in our layout."""
+    return parameter.shape(config)[len(stack_axes(parameter)) :]
+
+
+def file_shape(parameter: Parameter, config: ModelConfig) -> tuple[int, ...]:
+    """The shape of one slice on disk: heads joined, and outputs before inputs."""
+    shape, num_inputs = slice_shape(parameter, config), len(parameter.reads)
+    inputs, outputs = math.prod(shape[:num_inputs]), math.prod(shape[num_inputs:])
+    if _is_matrix(parameter):
+        return (outputs, inputs)
+    return (inputs, outputs) if parameter.reads else (outputs,)
+
+
+def from_file(array: np.ndarray, parameter: Parameter, config: ModelConfig) -> np.ndarray:
+    """A tensor in the layout of files as a view in ours."""
+    array = array.T if _is_matrix(parameter) else array
+    return array.reshape(slice_shape(parameter, config))
+
+
+def to_file(array: np.ndarray, parameter: Parameter, config: ModelConfig) -> np.ndarray:
+    """The inverse of `from_file`; a view where the array's strides allow it."""
+    shape = file_shape(parameter, config)
+    return array.reshape(shape[::-1]).T if _is_matrix(parameter) else array.reshape(shape)
+
+
+def _is_matrix(parameter: Parameter) -> bool:
+    """Whether inputs are contracted; an embedding is looked up, and is the same on both sides."""
+    return bool(parameter.reads) and axes.VOCAB not in parameter.reads
+
+
+def slices(config: ModelConfig) -> dict[str, Slice]:
+    """Every tensor of a model by its name on disk, layer after layer: the order of our files.
+
+    Raises:
+        UserError: the model has leaves that no family here has tensors for.
+    """
+    before: list[Slice] = []
+    layered: list[tuple[str, bool]] = []
+    after: list[Slice] = []
+    for path, parameter in axes.parameters(config).items():
+        if path not in NAMES or not set(stack_axes(parameter)) <= {axes.LAYERS, axes.EXPERTS}:
+            raise UserError(f"no Hugging Face family here has tensors for {path}")
+        if axes.LAYERS in parameter.axes:
+            layered.append((path, axes.EXPERTS in stack_axes(parameter)))
+        else:
+            (after if layered else before).append(Slice(path))
+    unrolled = [
+        Slice(path, layer, expert)
+        for layer in range(config.num_layers)
+        for path, has_experts in layered
+        for expert in (range(config.num_experts) if has_experts else [None])
+    ]
+    return {tensor_name(item): item for item in (*before, *unrolled, *after)}
+
+
+def tensor_name(item: Slice) -> str:
+    """The slice's name on disk."""
+    return NAMES[item.path].format(layer=item.layer, expert=item.expert)
+
+
+def checked_name(config: ModelConfig, item: Slice) -> str:
+    """`tensor_name` of a slice that may not exist.
+
+    Raises:
+        ValueError: a model of `config` has no such slice.
+    """
+    parameter = axes.parameters(config).get(item.path)
+    if parameter is None:
+        raise ValueError(f"a model of {config} has no {item.path!r}")
+    given = {axes.LAYERS: item.layer, axes.EXPERTS: item.expert}
+    stacked = stack_axes(parameter)
+    for axis, index in given.items():
+        size = axes.axis_size(config, axis) if axis in stacked else 0
+        if (index is None) != (axis not in stacked) or not (index is None or 0 <= index < size):
+            raise ValueError(f"{item} does not name one tensor: {item.path} has {size} {axis}")
+    return tensor_name(item)
+
+
+def check_names_and_shapes(
+    where: str,
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    optional: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """The tensors found are those expected; optional ones may be there too.
+
+    Args:
+        where: what holds them, for the message.
+        expected: shapes by name.
+        found: the same.
+        optional: the same.
+
+    Raises:
+        UserError: listing the tensors that are missing, unknown and of another shape.
+    """
+    allowed = {**expected, **(optional or {})}
+    refuse_listed(
+        f"the tensors of {where} are not those of its configuration",
+        {
+            "missing": sorted(set(expected) - set(found)),
+            "unknown": sorted(set(found) - set(allowed)),
+            "of another shape": [
+                f"{name} {found[name]} for {shape}"
+                for name, shape in allowed.items()
+                if found.get(name, shape) != shape
+            ],
+        },
+    )
+
+
+def refuse_listed(what: str, problems: Mapping[str, list[str]]) -> None:
+    """Raise one UserError that lists the first few of every problem, if there is any."""
+    if any(problems.values()):
+        listed = "; ".join(f"{kind}: {_few(names)}" for kind, names in problems.items() if names)
+        raise UserError(f"{what}: {listed}")
+
+
+def _few(names: list[str]) -> str:
+    rest = len(names) - _MOST_LISTED
+    return ", ".join(names[:_MOST_LISTED]) + (f" and {rest} more" if rest > 0 else "")
