@@ -144,6 +144,10 @@ _QKV_BIAS = {
         (LAYERS, KV_HEADS, HEAD_DIM), writes=(KV_HEADS, HEAD_DIM)
     ),
 }
+_QK_NORM = {
+    "layers/attention/query_norm": _gain(LAYERS, HEAD_DIM),
+    "layers/attention/key_norm": _gain(LAYERS, HEAD_DIM),
+}
 _DENSE_MLP = {
     "layers/mlp/gate": Parameter((LAYERS, EMBED, MLP), (EMBED,), (MLP,)),
     "layers/mlp/up": Parameter((LAYERS, EMBED, MLP), (EMBED,), (MLP,)),
@@ -160,6 +164,7 @@ _SHARED_EXPERT = {
     "layers/moe/shared_up": Parameter((LAYERS, EMBED, SHARED_MLP), (EMBED,), (SHARED_MLP,)),
     "layers/moe/shared_down": Parameter((LAYERS, SHARED_MLP, EMBED), (SHARED_MLP,), (EMBED,)),
 }
+_SHARED_ROUTER = {"layers/moe/shared_router": Parameter((LAYERS, EMBED), (EMBED,))}
 _HEAD = {"lm_head/kernel": Parameter((EMBED, VOCAB), (EMBED,), (VOCAB,))}
 
 
@@ -168,6 +173,7 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
     return {
         **_TRUNK,
         **(_QKV_BIAS if config.qkv_bias else {}),
+        **(_QK_NORM if config.qk_norm else {}),
         **_feed_forward(config),
         **({} if config.tie_embeddings else _HEAD),
     }
@@ -177,7 +183,11 @@ def _feed_forward(config: ModelConfig) -> dict[str, Parameter]:
     """Parameters of MLPs and mixtures, stacked over the layers that have them."""
     if not config.is_moe:
         return _DENSE_MLP
-    mixture = {**_EXPERTS, **(_SHARED_EXPERT if config.shared_mlp_dim else {})}
+    mixture = {
+        **_EXPERTS,
+        **(_SHARED_EXPERT if config.shared_mlp_dim else {}),
+        **(_SHARED_ROUTER if config.shared_expert_gate else {}),
+    }
     if config.moe_every == 1:
         return mixture
     return {**_stacked(_DENSE_MLP, DENSE_LAYERS), **_stacked(mixture, MOE_LAYERS)}

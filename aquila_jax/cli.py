@@ -120,30 +120,29 @@ def _train(arguments: argparse.Namespace, bindings: list[str]) -> int:
 
 
 def _grow(arguments: argparse.Namespace, bindings: list[str]) -> int:
+    if arguments.source is not None or arguments.target is not None:
+        return _grow_files(arguments, bindings)
+    if not arguments.gin_file:
+        raise UserError("name a run by --gin_file=FILE, or directories by --from and --to")
     from aquila_jax.training import grow
 
-    if arguments.source is None and arguments.target is None:
-        if not arguments.gin_file:
-            raise UserError("name a run by --gin_file=FILE, or directories by --from and --to")
-        return _with_run(arguments, bindings, grow)
-    return _grow_files(arguments, bindings)
+    return _with_run(arguments, bindings, grow)
 
 
 def _grow_files(arguments: argparse.Namespace, bindings: list[str]) -> int:
     """Growth from disk to disk: `GROWTH` says how, `target.FIELD` what the model shall be."""
-    from aquila_jax.interop import Directory
     from aquila_jax.interop.growing import grow_files
-    from aquila_jax.training.leaves import CHECKPOINT_DIR, SavedLeaves
 
     if arguments.source is None or arguments.target is None:
         raise UserError("--from and --to go together: the directory to read, and the one to make")
     path = Path(arguments.source)
+    _register_growth()
     _parse(arguments.gin_file or [_DEFAULT_GROWTH], bindings, arguments.gin_search_paths)
     with _one_line_errors():
         gin.parse_config("growth_of.growth = %GROWTH")
         gin.finalize()
         growth = gin.get_configurable("growth_of")()
-        opened = SavedLeaves(path) if (path / CHECKPOINT_DIR).is_dir() else Directory(path)
+        opened = _open_model(path)
         target = gin.get_configurable("target")(opened.config)
     _, certificate = growth.plan(opened.config, target)
     if arguments.dry_run:
@@ -151,7 +150,7 @@ def _grow_files(arguments: argparse.Namespace, bindings: list[str]) -> int:
         return 0
     with _byte_bar(Path(arguments.target).name) as progress:
         certificate = grow_files(
-            opened if isinstance(opened, SavedLeaves) else path,
+            opened,
             arguments.target,
             target,
             growth,
@@ -160,6 +159,17 @@ def _grow_files(arguments: argparse.Namespace, bindings: list[str]) -> int:
         )
     print(f"{certificate.title}; {arguments.target}")
     return 0
+
+
+def _open_model(path: Path) -> Any:
+    """A MODEL_DIR or a Hugging Face directory, to be read by slices."""
+    if (path / "checkpoints").is_dir():
+        from aquila_jax.training.leaves import SavedLeaves  # Orbax costs seconds
+
+        return SavedLeaves(path)
+    from aquila_jax.interop import Directory
+
+    return Directory(path)
 
 
 # Exact at any size, so a mistake in it is seen at once.
@@ -253,6 +263,7 @@ def configured_run(
         UserError: a file is missing or malformed, a binding is unknown, a required one is
             missing, or the run's settings do not fit each other.
     """
+    _register_runs()
     _parse(gin_files, bindings, search_paths)
     with _one_line_errors():
         gin.finalize()
@@ -261,7 +272,6 @@ def configured_run(
 
 def _parse(gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]) -> None:
     """Read files and bindings into gin's configuration, and check what it would not."""
-    _register()
     gin.clear_config()
     roots = [Path(__file__).parents[1], Path(__file__).parent]
     # gin would also take a file's folder for a Python package, import it, and fail where it has no
@@ -287,29 +297,38 @@ def _one_line_errors() -> Iterator[None]:
         raise UserError(_one_line(error)) from error
 
 
-def _register() -> None:
-    """Tell gin of everything a file may bind."""
-    from aquila_jax import config, data, growth, sharding, training
+def _register_growth() -> None:
+    """Tell gin of what a growth's files may bind."""
+    from aquila_jax import growth
 
+    for configurable in (growth.ScaleOut, growth.ScaleUp, growth_of, target):
+        _register(configurable)
+
+
+def _register_runs() -> None:
+    """Tell gin of everything a run's files may bind."""
+    from aquila_jax import config, data, sharding, training
+
+    _register_growth()
     for configurable in (
         config.ModelConfig,
         config.preset,
         data.TextData,
-        growth.ScaleOut,
-        growth.ScaleUp,
         sharding.MeshShape,
         training.AdamW,
         training.Cosine,
         training.RouterLosses,
         training.TrainRun,
         training.WarmupStableDecay,
-        growth_of,
-        target,
     ):
-        name = configurable.__name__
-        if name not in _registered:
-            gin.external_configurable(configurable, name=name, module="aquila_jax")
-            _registered.add(name)
+        _register(configurable)
+
+
+def _register(configurable: Callable[..., Any]) -> None:
+    name = configurable.__name__
+    if name not in _registered:
+        gin.external_configurable(configurable, name=name, module="aquila_jax")
+        _registered.add(name)
 
 
 _registered: set[str] = set()

@@ -28,6 +28,70 @@ _EXPERT_COUNTS = ("num_experts", "experts_per_token", "expert_mlp_dim", "shared_
 # What a dense model has no use for, and must leave as it is.
 _MIXTURE_SHAPE = {"expert_mlp_dim": 0, "shared_mlp_dim": 0, "moe_every": 1}
 
+ROPE_SCALINGS = ("linear", "llama3")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies changed so that a trained model reads longer texts.
+
+    Attributes:
+        kind: "linear" (every frequency divided by `factor`: positions lie closer, arXiv
+            2306.15595) or "llama3" (low frequencies divided, high ones kept, those between
+            interpolated, as Llama 3.1 does).
+        factor: what frequencies are divided by; at least 1.
+        low_freq_factor: of "llama3": frequencies that turn fewer times than this within
+            `original_context_length` are divided.
+        high_freq_factor: of "llama3": those that turn more often than this are kept.
+        original_context_length: of "llama3": tokens in a text of the first training.
+
+    Raises:
+        UserError: the kind is unknown, a number is out of its range, or "linear" is given what
+            only "llama3" uses.
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 0.0
+    high_freq_factor: float = 0.0
+    original_context_length: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROPE_SCALINGS:
+            raise UserError(
+                f"no rope_scaling of kind {self.kind!r}; there are {', '.join(ROPE_SCALINGS)}"
+            )
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UserError(f"rope_scaling's {field.name} must be a number, not {value!r}")
+        if not 1 <= self.factor < float("inf"):
+            raise UserError(f"rope_scaling's factor must be at least 1, not {self.factor}")
+        length, low, high = (
+            self.original_context_length, self.low_freq_factor, self.high_freq_factor
+        )  # fmt: skip
+        if self.kind == "linear" and (length or low or high):
+            raise UserError("rope_scaling of kind 'linear' has no parameter but its factor")
+        if self.kind == "llama3" and not (
+            isinstance(length, int) and length > 0 and 0 < low < high < float("inf")
+        ):
+            raise UserError(
+                f"rope_scaling of kind 'llama3' needs original_context_length ({length}) and "
+                f"low_freq_factor ({low}) positive, and high_freq_factor ({high}) above the latter"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RopeScaling":
+        """From plain values by field name.
+
+        Raises:
+            UserError: a field is unknown or missing, or a value is not valid.
+        """
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(f"not a whole RopeScaling: {error}") from error
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +111,10 @@ class ModelConfig:
         mlp_dim: F, the hidden width of a dense MLP.
         context_length: the longest sequence the model is meant for, in tokens.
         rope_theta: base of the rotary frequencies.
+        rope_scaling: how these frequencies were changed afterwards; None is not at all.
         norm_eps: added to the mean square in every RMSNorm.
         qkv_bias: whether query, key and value projections have a bias.
+        qk_norm: whether every head's query and key are normalised, with a gain, before they turn.
         tie_embeddings: whether the output head is the embedding's transpose.
         num_experts: E, experts in a layer that has them; 0 is a dense model.
         experts_per_token: k, how many experts a token visits; 0 exactly when dense.
@@ -56,6 +122,8 @@ class ModelConfig:
         expert_mlp_dim: the hidden width of one expert; 0 is that of a dense MLP. Read `expert_dim`.
         shared_mlp_dim: S, the hidden width of a shared expert, which every token visits and whose
             output counts with weight 1; 0 is none.
+        shared_expert_gate: whether the shared expert's output counts with the sigmoid of a score
+            of the token's own, rather than with weight 1.
         moe_every: n, so that layers n - 1, 2 n - 1, ... have experts and the others a dense MLP;
             divides L.
     """
@@ -69,14 +137,17 @@ class ModelConfig:
     mlp_dim: int
     context_length: int = 4096
     rope_theta: float = 1e6
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     qkv_bias: bool = True
+    qk_norm: bool = False
     tie_embeddings: bool = False
     num_experts: int = 0
     experts_per_token: int = 0
     renormalize_gates: bool = True
     expert_mlp_dim: int = 0
     shared_mlp_dim: int = 0
+    shared_expert_gate: bool = False
     moe_every: int = 1
 
     def __post_init__(self) -> None:
@@ -96,6 +167,8 @@ class ModelConfig:
             raise UserError(
                 f"norm_eps ({self.norm_eps}) and rope_theta ({self.rope_theta}) must be positive"
             )
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise UserError(f"rope_scaling must be a RopeScaling, not {self.rope_scaling!r}")
         k, num_experts = self.experts_per_token, self.num_experts
         if not (1 <= k <= num_experts or k == num_experts == 0):
             raise UserError(
@@ -111,6 +184,11 @@ class ModelConfig:
                     f"{name} ({getattr(self, name)}) shapes a mixture of experts, and num_experts "
                     f"is 0: set num_experts and experts_per_token, or leave {name} at {unused}"
                 )
+        if self.shared_expert_gate and not self.shared_mlp_dim:
+            raise UserError(
+                "shared_expert_gate weighs a shared expert, and shared_mlp_dim is 0: set "
+                "shared_mlp_dim, or shared_expert_gate to False"
+            )
         if self.num_layers % self.moe_every:
             raise UserError(
                 f"num_layers ({self.num_layers}) must be a multiple of moe_every "
@@ -151,6 +229,9 @@ class ModelConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UserError(f"unknown ModelConfig fields {unknown}; known are {sorted(known)}")
+        scaling = values.get("rope_scaling")
+        if isinstance(scaling, Mapping):
+            values = {**values, "rope_scaling": RopeScaling.from_dict(scaling)}
         try:
             return cls(**values)
         except TypeError as error:

@@ -143,7 +143,7 @@ class Layout:
         return tuple(mesh_axis for mesh_axis in rule if self.mesh.shape[mesh_axis] > 1)
 
     def _shards(self, axis: str) -> int:
-        return math.prod(self.mesh.shape[mesh_axis] for mesh_axis in self._mesh_axes(axis))
+        return self._num_devices(self._mesh_axes(axis))
 
     def batch(self) -> NamedSharding:
         """The sharding of every `[B, T]` array of a batch."""
@@ -161,3 +161,35 @@ class Layout:
     def constrain(self, x: jax.Array, *logical: str | None) -> jax.Array:
         """`x`, with its sharding fixed inside a jitted computation."""
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(logical)))
+
+    def constrain_except(
+        self, x: jax.Array, logical: Sequence[str | None], dim: int | None
+    ) -> jax.Array:
+        """`constrain`, but with no shards along `dim`, if one is named.
+
+        Mesh axes that would split `dim` split another dimension as well: the longest that they
+        divide. Where there is none the array stays as it is, and the compiler gathers what it
+        must. A dimension that its rule does not divide is whole.
+        """
+        parts = [self._mesh_axes(axis) for axis in logical]
+        moved: tuple[str, ...] = ()
+        if dim is not None:
+            moved, parts[dim] = parts[dim], ()
+        if moved:
+            sizes = {
+                size: other
+                for other, size in enumerate(x.shape)
+                if other != dim and size % self._num_devices((*parts[other], *moved)) == 0
+            }
+            if not sizes:
+                return x
+            parts[sizes[max(sizes)]] += moved
+        whole = [
+            () if size % self._num_devices(part) else part
+            for size, part in zip(x.shape, parts, strict=True)
+        ]
+        sharding = NamedSharding(self.mesh, PartitionSpec(*(part or None for part in whole)))
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    def _num_devices(self, mesh_axes: Sequence[str]) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in mesh_axes)

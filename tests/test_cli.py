@@ -1,11 +1,19 @@
+import dataclasses
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
-from aquila_jax import cli
+from aquila_jax import Transformer, cli, load_hf, preset, save_hf, scale_up
+from aquila_jax.training import train
+from aquila_jax.training.checkpoints import open_existing
+from aquila_jax.training.run import build
+
+from .training.synthetic import tiny_run
 
 ROOT = Path(__file__).parents[1]
 GIN_FILES = sorted(ROOT.glob("gin_configs/**/*.gin"))
@@ -153,3 +161,73 @@ def test_help_needs_no_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.fixture
+def on_disk(tmp_path):
+    """A small model as a Hugging Face directory."""
+    config = preset("toy_dense", vocab_size=64, embed_dim=8, num_layers=2, mlp_dim=12)
+    tokens = jax.numpy.zeros((1, 4), "int32")
+    params = Transformer(config).init(jax.random.key(0), tokens)["params"]
+    save_hf(params, config, tmp_path / "small", dtype="float32")
+    return tmp_path / "small"
+
+
+def test_a_directory_grows_into_another(on_disk, tmp_path, capsys):
+    grown, mixture = tmp_path / "grown", tmp_path / "moe"
+    flags = ["--gin.target.embed_dim=12", "--gin.target.num_layers=3"]
+    assert cli.main(["grow", "--from", str(on_disk), "--to", str(grown), *flags]) == 0
+    out, err = capsys.readouterr()
+    assert "isometric + identity: function kept" in out
+    assert err == ""
+    experts = ["--gin.target.num_experts=4", "--gin.target.experts_per_token=2"]
+    upcycle = ["--gin_file=gin_configs/growth/sparse_upcycling.gin", "--dtype=bfloat16"]
+    assert cli.main(["grow", "--from", str(grown), "--to", str(mixture), *upcycle, *experts]) == 0
+    params, config = load_hf(mixture)
+    assert (config.embed_dim, config.num_layers, config.num_experts) == (12, 3, 4)
+    assert params["layers"]["moe"]["up"].dtype == "bfloat16"
+
+
+def test_a_growth_from_disk_can_be_looked_at_without_being_done(on_disk, tmp_path, capsys):
+    flags = ["--to", str(tmp_path / "grown"), "--gin.target.embed_dim=12", "--dry_run"]
+    assert cli.main(["grow", "--from", str(on_disk), *flags]) == 0
+    assert "layers/mlp/up" in capsys.readouterr().out
+    assert not (tmp_path / "grown").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--from", "{small}"], "--from and --to go together"),
+        (["--from", "{none}", "--to", "{new}"], "none/config.json"),
+        (["--from", "{small}", "--to", "{small}"], "small exists"),
+        (["--from", "{small}", "--to", "{new}", "--gin.target.embed_dim=4"], "from 8 to 4"),
+        (["--from", "{small}", "--to", "{new}", "--gin.target.depth=4"], "fields ['depth']"),
+        (["--from", "{small}", "--to", "{new}", "--dtype=int8"], "int8"),
+        (["--from", "{small}", "--to", "{new}", "--gin_file=absent.gin"], "absent.gin"),
+        ([], "name a run by --gin_file=FILE, or directories by --from and --to"),
+    ],
+)
+def test_a_growth_from_disk_that_cannot_be_gives_one_line(
+    on_disk, tmp_path, capsys, arguments, words
+):
+    paths = {name: str(tmp_path / name) for name in ("small", "none", "new")}
+    assert words in _error(capsys, "grow", *(part.format(**paths) for part in arguments))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
+
+
+def test_a_run_grows_into_a_directory(tmp_path, capsys):
+    run = tiny_run(tmp_path / "run")
+    train(run)
+    capsys.readouterr()
+    flags = ["--gin.target.embed_dim=24", "--gin_file=gin_configs/growth/latent.gin"]
+    grown = tmp_path / "grown"
+    assert cli.main(["grow", "--from", run.model_dir, "--to", str(grown), *flags]) == 0
+    params, config = load_hf(grown)
+    with open_existing(run.path) as checkpoints:
+        abstract = build(run, 6).abstract.params
+        source = checkpoints.restore_params(6, abstract)
+    target = dataclasses.replace(run.model, embed_dim=24)
+    expected = scale_up(source, run.model, target, method="latent").params
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert config.embed_dim == 24

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from aquila_jax import Transformer, UserError, scale_up
-from aquila_jax.axes import BATCH, EMBED, EXPERT_MLP, MLP, SHARED_MLP, TOKENS
+from aquila_jax import Transformer, UserError
+from aquila_jax.axes import BATCH, EMBED, EXPERT_MLP, MLP, SHARED_MLP, TOKENS, abstract_params
+from aquila_jax.growth import ScaleOut, ScaleUp, apply_plan
 from aquila_jax.sharding import DEFAULT_RULES, Layout, MeshShape
 from aquila_jax.training.step import RouterLosses, loss_and_metrics
 
@@ -205,19 +206,69 @@ def test_a_shared_expert_in_shards_equals_a_whole_one(
     )
 
 
-@pytest.mark.parametrize("method", ["fpi", "aki_pro"])
-def test_growth_on_a_mesh_equals_growth_on_one_device(even, random_params, method):
-    target = dataclasses.replace(even, embed_dim=16, num_layers=4, num_heads=8, mlp_dim=28)
-    placed = layout(data=2, fsdp=2, model=2)
-    params = random_params(even)
-    grow = functools.partial(scale_up, config=even, target_config=target, method=method)
-    shardings = placed.params(target)
-    on_mesh = jax.jit(lambda params: grow(params).params, out_shardings=shardings)(
-        jax.device_put(params, placed.params(even))
+def growths(config):
+    """Growths that take units along every axis, and draw at random, by their names."""
+    up = {"embed_dim": 16, "num_layers": 4, "num_heads": 8, "mlp_dim": 28, "vocab_size": 72}
+    larger = dataclasses.replace(config, **up)
+    mixture = dataclasses.replace(config, **MIXTURE)
+    slices = dataclasses.replace(mixture, num_experts=8, experts_per_token=4, expert_mlp_dim=10)
+    return {
+        "fpi": (ScaleUp("fpi"), larger),
+        "aki_pro": (ScaleUp("aki_pro"), larger),
+        "latent": (ScaleUp("latent", noise=0.1), larger),
+        "copies": (ScaleOut(), mixture),
+        "redrawn": (ScaleOut(redraw=0.5, noise=0.1), mixture),
+        "slices": (ScaleOut(granularity=2), slices),
+    }
+
+
+def grown_on(placed, growth, source, target):
+    """Growth jitted with its output in shards."""
+    plan, _ = growth.plan(source, target)
+    grow = functools.partial(apply_plan, plan, target=target, layout=placed)
+    return jax.jit(grow, out_shardings=placed.params(target))
+
+
+@pytest.mark.parametrize("name", ["fpi", "aki_pro", "latent", "copies", "redrawn", "slices"])
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "model": 2}, {"fsdp": 4, "expert": 2}])
+def test_growth_on_a_mesh_has_the_bits_of_growth_on_one_device(even, random_params, name, sizes):
+    growth, target = growths(even)[name]
+    placed, params, key = layout(**sizes), random_params(even), jax.random.key(3)
+    source = jax.device_put(params, placed.params(even))
+    on_mesh = grown_on(placed, growth, even, target)(source, key=key)
+    assert jax.tree.map(lambda leaf: leaf.sharding, on_mesh) == placed.params(target)
+    plan, _ = growth.plan(even, target)
+    on_one = apply_plan(plan, params, target, key)
+    jax.tree.map(np.testing.assert_array_equal, on_mesh, on_one)
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    # A leaf in shards, as it is read, taken and written, and the layer above; equal experts less.
+    [("fpi", 2), ("aki_pro", 3), ("latent", 3), ("copies", 0.1), ("redrawn", 3), ("slices", 3)],
+)
+def test_no_device_holds_a_whole_model_while_it_grows(even, name, share):
+    """By the compiler's account of a model large enough for its leaves to outweigh the rest."""
+    sizes = {"vocab_size": 512, "embed_dim": 64, "num_layers": 8, "num_heads": 8, "head_dim": 16}
+    source = dataclasses.replace(even, num_kv_heads=8, mlp_dim=256, **sizes)
+    growth, target = growths(source)[name]
+    up = {"embed_dim": 96, "num_layers": 10, "num_heads": 16, "mlp_dim": 320, "vocab_size": 640}
+    if isinstance(growth, ScaleUp):
+        target = dataclasses.replace(source, **up)
+    elif name == "slices":
+        target = dataclasses.replace(target, expert_mlp_dim=128)
+    placed = layout(data=1, fsdp=8)
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract_params(source),
+        placed.params(source),
     )
-    assert jax.tree.map(lambda leaf: leaf.sharding, on_mesh) == shardings
-    assert on_mesh["layers"]["mlp"]["up"].addressable_shards[0].data.shape == (4, 8, 14)
-    jax.tree.map(np.testing.assert_array_equal, on_mesh, grow(params).params)
+    grow = grown_on(placed, growth, source, target)
+    memory = grow.lower(abstract, key=jax.random.key(0)).compile().memory_analysis()
+    assert memory is not None
+    shard = sum(leaf.size * 4 for leaf in jax.tree.leaves(abstract_params(target))) / 8
+    assert memory.output_size_in_bytes < 1.1 * shard
+    assert memory.temp_size_in_bytes < share * shard
 
 
 def test_a_constraint_splits_an_activation(even):

@@ -1,5 +1,6 @@
 """A growth as a plan: a rule for every leaf of the target, checked before it is carried out."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 from aquila_jax import axes
 from aquila_jax.config import ModelConfig
 from aquila_jax.errors import UserError
-from aquila_jax.growth.rules import Fresh, Mapped
+from aquila_jax.growth.rules import Fresh, Mapped, anywhere
+from aquila_jax.sharding import Layout
 
 Plan = Mapping[str, Mapped | Fresh]
 
@@ -53,7 +55,11 @@ def check_source(params: Mapping[str, Any], config: ModelConfig) -> None:
 
 
 def apply_plan(
-    plan: Plan, params: Mapping[str, Any], target: ModelConfig, key: jax.Array | None
+    plan: Plan,
+    params: Mapping[str, Any],
+    target: ModelConfig,
+    key: jax.Array | None,
+    layout: Layout | None = None,
 ) -> dict[str, Any]:
     """The target's parameters.
 
@@ -63,6 +69,9 @@ def apply_plan(
         target: configuration of the result.
         key: random key for fresh leaves; each folds its own path in, so that a leaf's values
             depend neither on the order nor on the number of the others.
+        layout: under `jit`, the devices that no leaf may stand whole on: before units are taken
+            along a dimension its shards are moved to another one. None leaves where things stand
+            to the compiler, which would gather the leaf.
     """
     flat = axes.flatten(params)
     dtype = jnp.result_type(*flat.values())
@@ -72,8 +81,18 @@ def apply_plan(
         if rule.is_random and key is None:
             raise UserError(f"{path} is drawn at random: pass key=jax.random.key(seed)")
         if isinstance(rule, Mapped):
-            grown[path] = rule.apply(jnp.asarray(flat[rule.source]), path, key)
+            spread = anywhere if layout is None else functools.partial(_spread, layout, parameter)
+            grown[path] = rule.apply(jnp.asarray(flat[rule.source]), path, key, spread)
         else:
             assert key is not None
             grown[path] = rule.draw(parameter.shape(target), dtype, path, key)
     return axes.unflatten(grown)
+
+
+def _spread(
+    layout: Layout, parameter: axes.Parameter, leaf: jax.Array, dim: int | None
+) -> jax.Array:
+    logical = parameter.axes
+    if leaf.ndim < len(logical):  # not yet repeated by expert
+        logical = tuple(axis for axis in logical if axis != axes.EXPERTS)
+    return layout.constrain_except(leaf, logical, dim)

@@ -60,14 +60,24 @@ def chosen(
 
 
 def exactly(x: Any) -> Any:
-    """`x`, rounded before anything else is done to it: XLA would fuse a product into a sum."""
-    return x if isinstance(x, np.ndarray) else jax.lax.optimization_barrier(x)
+    """`x`, rounded before anything is added to it.
+
+    A compiler fuses a product into the sum that follows, without the rounding between, and an
+    `optimization_barrier` is gone by then. So the product goes through an integer operation that
+    changes nothing but a NaN's bits, which the compiler cannot rule out.
+    """
+    if isinstance(x, np.ndarray):
+        return x
+    integer = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(x, integer) | jnp.isnan(x).astype(integer)
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
-def tree_sum(x: Any, xp: Any) -> Any:
-    """The sum over the last axis, `[..., n] -> [...]`, in one fixed order: halves upon halves."""
+def tree_sum(x: Any, dim: int, xp: Any) -> Any:
+    """The sum over `dim`, which is kept at 1, in one fixed order: halves upon halves."""
+    x = xp.moveaxis(x, dim, -1)
     while (n := x.shape[-1]) > 1:
         half = (n + 1) // 2
         rest = xp.zeros((*x.shape[:-1], 2 * half - n), x.dtype)
         x = x[..., :half] + xp.concatenate([x[..., half:], rest], axis=-1)
-    return x[..., 0]
+    return xp.moveaxis(x, -1, dim)

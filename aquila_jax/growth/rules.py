@@ -17,6 +17,14 @@ from aquila_jax.growth.draws import chosen, exactly, leaf_key, normal, tree_sum
 # Reads source layers by number, or a leaf without layers (None).
 Read = Callable[[np.ndarray | None], Any]
 
+# Puts a leaf's shards where they belong, but for those along the dimension whose units are taken.
+Spread = Callable[[Any, int | None], Any]
+
+
+def anywhere(leaf: Any, dim: int | None) -> Any:
+    """The leaf where it is: on one device nothing is spread."""
+    return leaf
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Take:
@@ -84,9 +92,7 @@ class Extend:
         units = xp.moveaxis(leaf, self.dim, -1)
         missing = self.size - units.shape[-1]
         if self.fill == "mean":
-            new = tree_sum(units.astype(wide), xp)[..., None] * np.asarray(
-                1 / units.shape[-1], wide
-            )
+            new = tree_sum(units.astype(wide), -1, xp) * np.asarray(1 / units.shape[-1], wide)
         else:
             new = xp.zeros((*units.shape[:-1], 1), wide)
         new = xp.broadcast_to(new.astype(leaf.dtype), (*units.shape[:-1], missing))
@@ -132,14 +138,15 @@ class Experts:
         every = np.arange(size)
         return self.redrawn is None and all(np.array_equal(mine, every) for mine in self.units)
 
-    def apply(self, leaf: Any, xp: Any) -> Any:
+    def apply(self, leaf: Any, xp: Any, spread: Spread) -> Any:
         """`[layers, ...] -> [layers, E, ...]`."""
         if self.are_copies(leaf.shape[self.dim]):
             return xp.repeat(xp.expand_dims(leaf, 1), len(self.units), axis=1)
-        experts = [take(leaf, units, self.dim, xp) for units in self.units]
-        return xp.stack(experts, axis=1)
+        leaf = spread(leaf, self.dim)
+        experts = [spread(take(leaf, units, self.dim, xp), self.dim) for units in self.units]
+        return spread(xp.stack(experts, axis=1), self.dim + 1)
 
-    def redraw(self, leaf: Any, drawn: Any, layers: np.ndarray, xp: Any) -> Any:
+    def redraw(self, leaf: Any, drawn: Any, layers: np.ndarray, xp: Any, spread: Spread) -> Any:
         """`leaf` with its redrawn units replaced by `drawn`, standard normal like it."""
         if self.redrawn is None:
             return leaf
@@ -147,13 +154,14 @@ class Experts:
         shape[self.dim + 1] = -1
         replaced = xp.asarray(self.redrawn[layers].reshape(shape))
         wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-        inner = tuple(range(2, leaf.ndim))
         count = self.redrawn[0, 0].sum() * (np.prod(leaf.shape[2:]) // leaf.shape[self.dim + 1])
         share = np.asarray(1 / count, wide.dtype)
 
         def mean(x: Any) -> Any:
-            flat = xp.where(replaced, x, 0).reshape(*leaf.shape[:2], -1)
-            return (tree_sum(flat, xp) * share).reshape(*leaf.shape[:2], *[1] * len(inner))
+            x = xp.where(replaced, x, 0)
+            for dim in range(2, leaf.ndim):
+                x = tree_sum(spread(x, dim), dim, xp)
+            return x * share
 
         centre = exactly(mean(wide))
         deviation = exactly(xp.sqrt(mean(exactly(xp.square(exactly(wide - centre))))))
@@ -223,15 +231,28 @@ class Mapped:
         }
         return ", ".join(part for part, is_done in parts.items() if is_done) or "as it was"
 
-    def apply(self, leaf: jax.Array, path: str = "", key: jax.Array | None = None) -> jax.Array:
+    def apply(
+        self,
+        leaf: jax.Array,
+        path: str = "",
+        key: jax.Array | None = None,
+        spread: Spread = anywhere,
+    ) -> jax.Array:
         """The target leaf, in the source leaf's dtype.
 
         Args:
             leaf: the source leaf, all its layers.
             path: of the target leaf, which its random numbers hang on.
             key: random key; needed where `is_random`.
+            spread: where shards go between the steps.
         """
-        return self.build(lambda layers: take(leaf, layers, 0, jnp), path, key)
+
+        def read(layers: np.ndarray | None) -> jax.Array:
+            if layers is None:
+                return leaf
+            return _locally(lambda leaf: take(leaf, layers, 0, jnp), leaf, 0, spread)
+
+        return self.build(read, path, key, spread=spread)
 
     def build(
         self,
@@ -240,6 +261,7 @@ class Mapped:
         key: jax.Array | None,
         rows: np.ndarray | None = None,
         xp: Any = jnp,
+        spread: Spread = anywhere,
     ) -> Any:
         """The target leaf, or some of its layers.
 
@@ -249,47 +271,62 @@ class Mapped:
             key: random key; needed where `is_random`.
             rows: numbers of the target layers that are built; None for all.
             xp: `jax.numpy` or `numpy`; both give the same bits.
+            spread: where shards go between the steps.
         """
         if self.layers is None:
             rows = None
         elif rows is None:
             rows = np.arange(len(self.layers))
-        grown = self._widened(read, self.layers, rows, xp)
+        grown = self._widened(read, self.layers, rows, xp, spread)
         if self.upper is not None:
-            above = self._widened(read, self.upper.layers, rows, xp)
+            above = self._widened(read, self.upper.layers, rows, xp, spread)
             grown = xp.where(self.upper.is_new, above, grown)
         if self.silent is not None:
             silent = self.silent[rows].reshape(-1, *[1] * (grown.ndim - 1))
             grown = xp.where(silent, xp.zeros((), grown.dtype), grown)
         if self.experts is not None:
-            grown = self.experts.apply(grown, xp)
-        return self._randomised(grown, path, key, rows, xp) if self.is_random else grown
+            grown = self.experts.apply(grown, xp, spread)
+        if not self.is_random:
+            return grown
+        return self._randomised(spread(grown, None), path, key, rows, xp, spread)
 
     def _widened(
-        self, read: Read, layers: np.ndarray | None, rows: np.ndarray | None, xp: Any
+        self,
+        read: Read,
+        layers: np.ndarray | None,
+        rows: np.ndarray | None,
+        xp: Any,
+        spread: Spread,
     ) -> Any:
         leaf = read(None if layers is None else layers[rows])
         dtype = leaf.dtype
         if self.transpose:
             leaf = leaf.T
         if self.extend is not None:
-            leaf = self.extend.apply(leaf, xp)
+            extend = self.extend
+            leaf = _locally(lambda leaf: extend.apply(leaf, xp), leaf, extend.dim, spread)
         for rule in self.takes:
-            leaf = rule.apply(leaf, xp)
+            leaf = _locally(lambda leaf, rule=rule: rule.apply(leaf, xp), leaf, rule.dim, spread)
         return leaf if leaf.dtype == dtype else leaf.astype(dtype)
 
     def _randomised(
-        self, leaf: Any, path: str, key: jax.Array | None, rows: np.ndarray | None, xp: Any
+        self,
+        leaf: Any,
+        path: str,
+        key: jax.Array | None,
+        rows: np.ndarray | None,
+        xp: Any,
+        spread: Spread,
     ) -> Any:
         if key is None:
             raise ValueError(f"{path} is drawn at random and needs a key")
-        drawn = xp.asarray(normal(leaf_key(key, path), leaf.shape, rows))
+        drawn = xp.asarray(spread(normal(leaf_key(key, path), leaf.shape, rows), None))
         if self.experts is not None and rows is not None:
-            leaf = self.experts.redraw(leaf, drawn, rows, xp)
+            leaf = self.experts.redraw(leaf, drawn, rows, xp, spread)
         if self.noise is not None:
             wide = jnp.promote_types(leaf.dtype, jnp.float32)
             added = exactly(drawn.astype(wide) * np.asarray(self.noise.std, wide))
-            noisy = (leaf.astype(wide) + added).astype(leaf.dtype)
+            noisy = (exactly(leaf.astype(wide)) + added).astype(leaf.dtype)
             where = self.noise.where
             if self.noise.fraction < 1:
                 mask_key = leaf_key(key, f"{path}: which")
@@ -339,6 +376,11 @@ class Fresh:
             rows = np.arange(shape[0])
         drawn = normal(leaf_key(key, path), (*shape[:-1], shape[-1] // self.repeat), rows)
         return jnp.repeat((np.float32(self.std) * drawn).astype(dtype), self.repeat, axis=-1)
+
+
+def _locally(apply: Callable[[Any], Any], leaf: Any, dim: int, spread: Spread) -> Any:
+    """`apply`, which takes units along `dim`, where every device has all of them."""
+    return spread(spread(apply(spread(leaf, dim)), dim), None)
 
 
 def take(leaf: Any, index: np.ndarray | None, dim: int, xp: Any) -> Any:

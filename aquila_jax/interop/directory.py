@@ -86,6 +86,17 @@ class Directory:
         name = layout.checked_name(self.config, layout.Slice(path, layer, expert))
         return layout.from_file(self._tensor(name), self._parameters[path], self.config)
 
+    def release(self, path: str, layer: int | None = None, expert: int | None = None) -> None:
+        """Let go of the memory behind a slice that was read; reading it again is allowed."""
+        name = layout.checked_name(self.config, layout.Slice(path, layer, expert))
+        file, entry = self._entries[name]
+        if file in self._maps and hasattr(mmap, "MADV_DONTNEED"):
+            # Whole pages within the tensor: the ones at its ends may be another's, too.
+            first = -(-entry.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+            last = (entry.offset + entry.num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            if last > first:
+                self._maps[file].madvise(mmap.MADV_DONTNEED, first, last - first)
+
     def _tensor(self, name: str) -> np.ndarray:
         file, entry = self._entries[name]
         if file not in self._maps:

@@ -47,6 +47,10 @@ class Source(Protocol):
         """One layer of a leaf, or one expert of one layer, in our layout."""
         ...
 
+    def release(self, path: str, layer: int | None = None, expert: int | None = None) -> None:
+        """Let go of what was read."""
+        ...
+
 
 def grow_files(
     source: str | Path | Source,
@@ -80,8 +84,8 @@ def grow_files(
         UserError: the source is damaged or holds NaN or Inf, the target cannot be reached from
             it, exists, cannot be expressed or cannot be written. The source is only read.
     """
-    companions = source if isinstance(source, str | Path) else None
     opened: Source = Directory(source) if isinstance(source, str | Path) else source
+    companions = opened.path if isinstance(opened, Directory) else None
     plan, certificate = growth.plan(opened.config, target_config)
     if dtype is None:
         dtype = np.dtype(opened.dtype("token_embedder/embedding")).name
@@ -154,11 +158,12 @@ class _Tensors:
     def build(self, item: Slice, *, is_copied: bool) -> Iterator[tuple[int | None, np.ndarray]]:
         """One layer of a leaf, by expert where it has experts and they differ."""
         rule, parameter = self._plan[item.path], self._parameters[item.path]
+        used: list[Slice] = []
         rows = None if item.layer is None else np.array([item.layer])
         if isinstance(rule, Mapped):
             if is_copied:
                 rule = dataclasses.replace(rule, experts=None)
-            read = self._reader(rule.source)
+            read = self._reader(rule.source, used)
             leaf = rule.build(read, item.path, self._key, rows, np)
         else:
             shape = parameter.shape(self._target)
@@ -170,16 +175,23 @@ class _Tensors:
             yield None, leaf
         else:
             yield from enumerate(leaf)
+        # What was built may be a view of what was read, and has been written by now.
+        for part in used:
+            self._source.release(part.path, part.layer, part.expert)
 
-    def _reader(self, path: str) -> Callable[[np.ndarray | None], np.ndarray]:
-        """Reads layers of a source leaf, stacked, its experts too."""
+    def _reader(self, path: str, used: list[Slice]) -> Callable[[np.ndarray | None], np.ndarray]:
+        """Reads layers of a source leaf, stacked, its experts too, and notes them in `used`."""
         stacked = stack_axes(self._source_parameters[path])
 
         def read_one(layer: int | None) -> np.ndarray:
             if axes.EXPERTS not in stacked:
-                return self._finite(path, layer, None)
-            experts = range(self._source.config.num_experts)
-            return np.stack([self._finite(path, layer, expert) for expert in experts])
+                used.append(Slice(path, layer))
+                return self._finite(used[-1])
+            experts = [
+                Slice(path, layer, expert) for expert in range(self._source.config.num_experts)
+            ]
+            used.extend(experts)
+            return np.stack([self._finite(expert) for expert in experts])
 
         def read(layers: np.ndarray | None) -> np.ndarray:
             if layers is None:
@@ -190,14 +202,15 @@ class _Tensors:
 
         return read
 
-    def _finite(self, path: str, layer: int | None, expert: int | None) -> np.ndarray:
+    def _finite(self, item: Slice) -> np.ndarray:
         """A slice, refused where it holds NaN or Inf: growth would spread it."""
-        array = self._source.read(path, layer, expert)
+        array = self._source.read(item.path, item.layer, item.expert)
         if not is_finite(array):
-            where = "" if layer is None else f" of layer {layer}"
-            where += "" if expert is None else f", expert {expert}"
+            where = "" if item.layer is None else f" of layer {item.layer}"
+            where += "" if item.expert is None else f", expert {item.expert}"
             raise UserError(
-                f"{path}{where} holds NaN or Inf: the source is damaged; grow from an earlier one"
+                f"{item.path}{where} holds NaN or Inf: the source is damaged; grow from an earlier "
+                "one"
             )
         return array
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from aquila_jax.axes import BATCH, KV_HEADS, Q_HEADS
 from aquila_jax.config import ModelConfig
-from aquila_jax.nn.layers import declare, rotary
+from aquila_jax.nn.layers import declare, rms_norm, rotary
 from aquila_jax.sharding import Layout
 
 
@@ -38,15 +38,23 @@ class Attention(nn.Module):
         query_BTNH = self._project(x_BTD, "query", Q_HEADS)
         key_BTKH = self._project(x_BTD, "key", KV_HEADS)
         value_BTKH = self._project(x_BTD, "value", KV_HEADS)
-        theta = self.config.rope_theta
+        if self.config.qk_norm:
+            query_BTNH = self._normalise(query_BTNH, "query_norm")
+            key_BTKH = self._normalise(key_BTKH, "key_norm")
+        theta, scaling = self.config.rope_theta, self.config.rope_scaling
         mixed_BTNH = jax.nn.dot_product_attention(
-            rotary(query_BTNH, positions_BT, theta),
-            rotary(key_BTKH, positions_BT, theta),
+            rotary(query_BTNH, positions_BT, theta, scaling),
+            rotary(key_BTKH, positions_BT, theta, scaling),
             value_BTKH,
             mask=mask_B1TT,
         )
         out_NHD = declare(self, self.config, "layers/attention/out").astype(self.dtype)
         return jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, out_NHD)
+
+    def _normalise(self, heads_BTNH: jax.Array, name: str) -> jax.Array:
+        """Every head's vector by itself; all heads share one gain."""
+        gain_H = declare(self, self.config, f"layers/attention/{name}")
+        return rms_norm(heads_BTNH, gain_H, self.config.norm_eps)
 
     def _project(self, x_BTD: jax.Array, name: str, heads: str) -> jax.Array:
         """Query, key or value: `[B, T, N, H]` or `[B, T, K, H]`."""

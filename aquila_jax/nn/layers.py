@@ -5,12 +5,13 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from aquila_jax import axes
 from aquila_jax.axes import BATCH, EMBED, LAYER_AXES, MLP
-from aquila_jax.config import ModelConfig
+from aquila_jax.config import ModelConfig, RopeScaling
 from aquila_jax.sharding import Layout
 
 _EMBEDDING_STD = 0.02
@@ -40,8 +41,24 @@ def declare(module: nn.Module, config: ModelConfig, path: str) -> jax.Array:
     return module.param(path.rsplit("/", 1)[-1], init, shape, jnp.float32)
 
 
+def rms_norm(x: Float[Array, "*B H"], gain_H: Float[Array, "H"], eps: float) -> jax.Array:
+    """Root-mean-square normalisation of the last dimension (arXiv 1910.07467).
+
+    Args:
+        x: what is normalised.
+        gain_H: by what every channel is multiplied afterwards.
+        eps: added to the mean square.
+
+    Returns:
+        An array like `x`, computed in float32 at least.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean_square + eps) * gain_H).astype(x.dtype)
+
+
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation with a gain (arXiv 1910.07467), computed in float32."""
+    """`rms_norm` of the residual."""
 
     config: ModelConfig
     parameter: str
@@ -49,11 +66,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Normalised `x_BTD`, in its own dtype."""
-        scale_D = declare(self, self.config, self.parameter)
-        x = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
-        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        normalised = x * jax.lax.rsqrt(mean_square + self.config.norm_eps)
-        return (normalised * scale_D).astype(x_BTD.dtype)
+        return rms_norm(x_BTD, declare(self, self.config, self.parameter), self.config.norm_eps)
 
 
 def gated_units(
@@ -85,19 +98,46 @@ class GatedMLP(nn.Module):
         return jnp.einsum("BTF,FD->BTD", hidden_BTF, down_FD)
 
 
+def rotary_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> np.ndarray:
+    """By how many radians each pair of channels turns from one position to the next.
+
+    Args:
+        head_dim: H.
+        theta: base of the frequencies theta^(-2i / H).
+        scaling: how they are changed.
+
+    Returns:
+        float64 `[H / 2]`.
+    """
+    frequencies = theta ** (-2 * np.arange(head_dim // 2) / head_dim)
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    turns = scaling.original_context_length * frequencies / (2 * np.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
 def rotary(
-    x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], theta: float
+    x_BTNH: Float[Array, "B T N H"],
+    positions_BT: Int[Array, "B T"],
+    theta: float,
+    scaling: RopeScaling | None = None,
 ) -> Float[Array, "B T N H"]:
     """Rotary positions (arXiv 2104.09864) in the half-split layout: i turns with i + H / 2.
 
     Args:
         x_BTNH: queries or keys.
         positions_BT: each token's position in its document.
-        theta: base of the frequencies theta^(-2i / H).
+        theta: base of the frequencies.
+        scaling: how the frequencies are changed, as `rotary_frequencies` says.
     """
-    half = x_BTNH.shape[-1] // 2
     wide = jnp.promote_types(x_BTNH.dtype, jnp.float32)
-    frequencies = theta ** (-jnp.arange(half, dtype=wide) / half)
+    frequencies = jnp.asarray(rotary_frequencies(x_BTNH.shape[-1], theta, scaling), wide)
     angles = positions_BT.astype(wide)[:, :, None, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x_BTNH.astype(wide), 2, axis=-1)

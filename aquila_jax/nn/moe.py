@@ -78,7 +78,7 @@ class MixtureOfExperts(nn.Module):
     """E gated MLPs, of which every token visits k, and perhaps one that all visit.
 
     The router works in float32. The shared expert (DeepSeekMoE, arXiv 2401.06066) is not routed:
-    its output is added with weight 1.
+    its output is added with weight 1, or with the sigmoid of a score that it has for itself.
     """
 
     config: ModelConfig
@@ -144,4 +144,9 @@ class MixtureOfExperts(nn.Module):
         hidden_BTS = gated_units(x_BTD, gate_DS, up_DS)
         if self.layout is not None:
             hidden_BTS = self.layout.constrain(hidden_BTS, BATCH, None, SHARED_MLP)
-        return jnp.einsum("BTS,SD->BTD", hidden_BTS, down_SD)
+        out_BTD = jnp.einsum("BTS,SD->BTD", hidden_BTS, down_SD)
+        if not self.config.shared_expert_gate:
+            return out_BTD
+        router_D = declare(self, self.config, "layers/moe/shared_router")
+        score_BT = jnp.einsum("BTD,D->BT", x_BTD.astype(router_D.dtype), router_D)
+        return out_BTD * nn.sigmoid(score_BT).astype(self.dtype)[..., None]

@@ -45,6 +45,9 @@ class SavedLeaves:
         index = tuple(i for i in (layer, expert) if i is not None)
         return self._leaf(path)[index]
 
+    def release(self, path: str, layer: int | None = None, expert: int | None = None) -> None:
+        """Nothing: a leaf is let go when two others have been read."""
+
     def _leaf(self, path: str) -> np.ndarray:
         with self._lock:
             if path not in self._held:

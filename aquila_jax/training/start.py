@@ -117,7 +117,8 @@ def _from_parent(run: TrainRun, compiled: Compiled, steps: int) -> Start:
     origin, method = "restored", ""
     if run.growth is not None:
         plan, certificate = run.growth.plan(source, run.model)
-        grow = functools.partial(apply_plan, plan, target=run.model)
+        layout = compiled.layout if compiled.layout.mesh.size > 1 else None
+        grow = functools.partial(apply_plan, plan, target=run.model, layout=layout)
         grown = jax.jit(grow, out_shardings=_shardings(compiled.abstract.params))(
             params, key=jax.random.key(run.seed)
         )

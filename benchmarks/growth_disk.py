@@ -1,0 +1,208 @@
+"""How long growth from disk to disk takes, and in how much memory.
+
+    python benchmarks/growth_disk.py [--mergekit PATH_OF_mergekit-moe] [--repeat 3] [--dir DIR]
+
+Two measurements, each process by itself, peak resident memory as the operating system counts it
+(pages of mapped files included):
+
+- scale-out of a Llama-shaped bfloat16 directory of 250M random parameters to 8 experts, beside
+  `mergekit-moe` on the same files (random gates, if --mergekit names it) and `cp` of the result;
+- scale-up of 1.0B to 2.3B parameters (isometric, wider and deeper), beside `cp` of the result.
+
+Ratios are of runs that follow each other, so that a noisy machine is noisy for both. Needs 12 GB
+of free disk in --dir. Writes growth_disk.md to --out.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from aquila_jax import ModelConfig, axes
+from aquila_jax.accounting import num_parameters
+from aquila_jax.files import write_json, write_text
+from aquila_jax.interop import Writer, slices
+from aquila_jax.interop.layout import slice_shape
+
+SMALL = ModelConfig(
+    vocab_size=8192,
+    embed_dim=1024,
+    num_layers=16,
+    num_heads=16,
+    num_kv_heads=4,
+    head_dim=64,
+    mlp_dim=4096,
+    qkv_bias=False,
+)
+BILLION = ModelConfig(
+    vocab_size=32000,
+    embed_dim=2048,
+    num_layers=18,
+    num_heads=16,
+    num_kv_heads=4,
+    head_dim=128,
+    mlp_dim=5632,
+    qkv_bias=False,
+)
+LARGER = {"embed_dim": 2560, "num_layers": 26, "num_heads": 20, "mlp_dim": 7168}
+
+
+class Run(NamedTuple):
+    """One process.
+
+    Attributes:
+        seconds: wall time.
+        peak: bytes resident at most.
+    """
+
+    seconds: float
+    peak: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure both, print and keep the result."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--mergekit", type=Path, help="the executable mergekit-moe")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=options.dir, prefix="growth_disk") as work:
+        lines = [*_scale_out(options, Path(work)), *_scale_up(options, Path(work))]
+    text = (
+        "# Growth from disk to disk\n\n"
+        f"Made by `benchmarks/growth_disk.py` on {platform.system()} {platform.machine()}, "
+        f"{os.cpu_count()} cores, Python {platform.python_version()}, jax {jax.__version__}; "
+        f"median of {options.repeat} runs and half their range; GB/s of bytes written.\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_text(options.out / "growth_disk.md", text)
+    print(text)
+    return 0
+
+
+def _scale_out(options: argparse.Namespace, work: Path) -> list[str]:
+    source = work / "dense"
+    _make(source, SMALL)
+    config = work / "mergekit.yaml"
+    experts = "".join(f"  - source_model: {source}\n    positive_prompts: ['']\n" for _ in range(8))
+    write_text(
+        config,
+        f"base_model: {source}\ngate_mode: random\ndtype: bfloat16\nexperts:\n{experts}",
+    )
+    commands = {
+        "aquila grow": _grow(
+            source,
+            work / "out",
+            "sparse_upcycling",
+            {"num_experts": 8, "experts_per_token": 2},
+        )
+    }
+    if options.mergekit is not None:
+        flag = "--i-understand-this-is-not-useful-without-training"
+        commands["mergekit-moe"] = [str(options.mergekit), str(config), str(work / "out"), flag]
+    title = f"Scale-out of {num_parameters(SMALL) / 1e6:.0f}M parameters to 8 experts, bfloat16"
+    return _compare(options, work, title, commands)
+
+
+def _scale_up(options: argparse.Namespace, work: Path) -> list[str]:
+    shutil.rmtree(work / "dense")
+    source = work / "billion"
+    _make(source, BILLION)
+    target = ModelConfig.from_dict({**BILLION.to_dict(), **LARGER})
+    title = (
+        f"Scale-up of {num_parameters(BILLION) / 1e9:.2f}B parameters to "
+        f"{num_parameters(target) / 1e9:.2f}B, isometric, bfloat16"
+    )
+    commands = {"aquila grow": _grow(source, work / "out", "isometric", LARGER)}
+    return _compare(options, work, title, commands)
+
+
+def _grow(source: Path, target: Path, growth: str, changes: dict[str, int]) -> list[str]:
+    fields = [f"--gin.target.{name}={value}" for name, value in changes.items()]
+    files = ["--from", str(source), "--to", str(target)]
+    gin = f"--gin_file=gin_configs/growth/{growth}.gin"
+    return [sys.executable, "-m", "aquila_jax.cli", "grow", *files, gin, *fields]
+
+
+def _compare(
+    options: argparse.Namespace, work: Path, title: str, commands: dict[str, list[str]]
+) -> list[str]:
+    """Rows of a table: every command `repeat` times in turn, each followed by a copy."""
+    runs: dict[str, list[Run]] = {name: [] for name in (*commands, "cp of the result")}
+    size = 0
+    for _ in range(options.repeat):
+        for name, command in commands.items():
+            runs[name].append(_measure(command))
+            if name == "aquila grow":
+                size = sum(file.stat().st_size for file in (work / "out").iterdir())
+                copy = ["cp", "-r", str(work / "out"), str(work / "copy")]
+                runs["cp of the result"].append(_measure(copy))
+                shutil.rmtree(work / "copy")
+            shutil.rmtree(work / "out")
+    ours = runs["aquila grow"]
+    lines = [f"## {title}", "", f"{size / 1e9:.2f} GB written.", ""]
+    lines += ["| | seconds | GB/s | peak GB | time, ours to this | memory, ours to this |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for name, theirs in runs.items():
+        seconds = [run.seconds for run in theirs]
+        ratios = [a.seconds / b.seconds for a, b in zip(ours, theirs, strict=True)]
+        memory = [a.peak / b.peak for a, b in zip(ours, theirs, strict=True)]
+        lines.append(
+            f"| {name} | {_spread(seconds)} | {size / 1e9 / statistics.median(seconds):.2f} | "
+            f"{_spread([run.peak / 1e9 for run in theirs])} | {_spread(ratios)} | "
+            f"{_spread(memory)} |"
+        )
+    return [*lines, ""]
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} ± {(max(values) - min(values)) / 2:.2f}"
+
+
+def _measure(command: Sequence[str]) -> Run:
+    """Run a command to its end; its output is shown only where it fails."""
+    began = time.monotonic()
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            output.seek(0)
+            raise RuntimeError(f"{command[0]} failed: {output.read().decode()[-2000:]}")
+    # Linux counts kilobytes, macOS bytes.
+    return Run(seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+
+
+def _make(path: Path, config: ModelConfig) -> None:
+    """A directory of random weights, made tensor by tensor."""
+    rng = np.random.default_rng(0)
+    parameters = axes.parameters(config)
+    with Writer(path, config, dtype="bfloat16") as writer:
+        for item in slices(config).values():
+            shape = slice_shape(parameters[item.path], config)
+            values = rng.standard_normal(shape, np.float32)
+            writer.write(item.path, 0.02 * values, layer=item.layer, experts=item.expert)
+    # mergekit wants one, of whatever kind.
+    words = {"type": "WordLevel", "vocab": {"a": 0, "<unk>": 1}, "unk_token": "<unk>"}
+    write_json(path / "tokenizer.json", {"version": "1.0", "added_tokens": [], "model": words})
+    write_json(path / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
