@@ -9,7 +9,7 @@ the target from a fresh initialisation. Interrupted, the same command goes on: f
 kept in --runs and not made again.
 
 Writes a CSV of every run, the summary as Markdown and the figure to --out. Two CPU cores take
-less than an hour; a larger study is the same script with other --source, --target and --steps.
+about an hour; a larger study is the same script with other --source, --target and --steps.
 """
 
 import argparse
@@ -118,7 +118,12 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=120, help="of every child")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--source_rate", type=float, default=6e-3)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3])
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=[2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3],
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--sequence_length", type=int, default=128)
@@ -300,6 +305,9 @@ def _draw(path: Path, chosen: dict[str, list[Result]]) -> None:
     lowest = min(result.final for results in chosen.values() for result in results)
     top = max(grown, default=source)
     axes.set_ylim(lowest - 0.05, top + 0.3 * (top - lowest) + 0.1)
+    if "scratch" in chosen:
+        end = statistics.mean(result.final for result in chosen["scratch"])
+        axes.set_title(f"from scratch, above this picture, ends at {end:.3f}", fontsize=10)
     axes.set_xlabel("training FLOPs after growth")
     axes.set_ylabel("validation loss, nats per token")
     axes.legend(frameon=False)

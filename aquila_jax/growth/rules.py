@@ -389,4 +389,9 @@ def take(leaf: Any, index: np.ndarray | None, dim: int, xp: Any) -> Any:
         len(index) == leaf.shape[dim] and np.array_equal(index, np.arange(len(index)))
     ):
         return leaf
-    return xp.take(leaf, index, axis=dim)
+    if not isinstance(leaf, np.ndarray):
+        return xp.take(leaf, index, axis=dim)
+    # In the order of memory: a view of a file is transposed, and so is what will be written.
+    order = sorted(range(leaf.ndim), key=lambda axis: -leaf.strides[axis])
+    taken = np.take(leaf.transpose(order), index, axis=order.index(dim))
+    return taken.transpose(np.argsort(order))
