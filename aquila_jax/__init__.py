@@ -9,7 +9,7 @@ Everything here is a pure function on parameter pytrees; training, data and the 
 in the subpackages.
 """
 
-from aquila_jax.config import PRESETS, ModelConfig, preset
+from aquila_jax.config import PRESETS, ModelConfig, RopeScaling, preset
 from aquila_jax.errors import UserError
 from aquila_jax.evaluation import certify
 from aquila_jax.growth import Certificate, GrowthResult, scale_out, scale_up
@@ -23,6 +23,7 @@ __all__ = [
     "Certificate",
     "GrowthResult",
     "ModelConfig",
+    "RopeScaling",
     "Transformer",
     "UserError",
     "certify",

@@ -24,7 +24,7 @@ SMALL = ModelConfig(
 MIXTURE = {"num_experts": 5, "experts_per_token": 2}
 EVERY_SECOND = {**MIXTURE, "moe_every": 2, "expert_mlp_dim": 3, "shared_mlp_dim": 7}
 
-VECTORS = ("scale", "bias")
+VECTORS = ("scale", "bias", "norm")
 
 # One layer of SMALL: query 16, key 8, value 8, out 16; an MLP three times 24.
 ATTENTION, MLP, HEAD = 48, 72, 44
@@ -40,6 +40,7 @@ ATTENTION, MLP, HEAD = 48, 72, 44
         {"num_kv_heads": 2},
         EVERY_SECOND,
         {**EVERY_SECOND, "num_layers": 12, "moe_every": 3},
+        {**EVERY_SECOND, "qk_norm": True, "shared_expert_gate": True},
     ],
     ids=str,
 )
@@ -128,6 +129,16 @@ def test_a_tied_head_costs_what_an_untied_one_does():
     tied = dataclasses.replace(SMALL, tie_embeddings=True)
     assert num_parameters(tied) == num_parameters(SMALL) - HEAD
     assert training_flops_per_token(tied, 8) == training_flops_per_token(SMALL, 8)
+
+
+def test_norms_of_heads_are_gains_and_the_score_of_a_shared_expert_a_matrix():
+    plain = dataclasses.replace(SMALL, **EVERY_SECOND)
+    config = dataclasses.replace(plain, qk_norm=True, shared_expert_gate=True)
+    gains, score = 2 * 2 * 2, 4
+    assert num_parameters(config) == num_parameters(plain) + gains + score
+    assert num_active_parameters(config) == num_active_parameters(plain) + gains + score
+    cost = training_flops_per_token(config, 8) - training_flops_per_token(plain, 8)
+    assert cost == 6 * score
 
 
 def test_biases_cost_no_flops():

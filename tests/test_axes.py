@@ -22,6 +22,8 @@ KINDS = [
     {**MIXTURE, "shared_mlp_dim": 9},
     {**MIXTURE, "moe_every": 3},
     EVERY_SECOND,
+    {"qk_norm": True},
+    {**EVERY_SECOND, "qk_norm": True, "shared_expert_gate": True},
 ]
 
 
@@ -40,19 +42,20 @@ def test_every_axis_of_a_matrix_is_read_or_written_or_stacked(tiny, changes):
     assert len(matrices) >= 8
     for path, parameter in matrices.items():
         stacked = [axis for axis in parameter.axes if axis in axes.STACK_AXES]
-        if path.endswith("router"):
+        if path.endswith("/router"):
             stacked.remove(axes.EXPERTS)
         parts = [*parameter.reads, *parameter.writes, *stacked]
         assert sorted(parts) == sorted(parameter.axes), path
 
 
 @pytest.mark.parametrize("changes", KINDS, ids=str)
-def test_what_is_no_matrix_is_a_gain_of_the_residual_or_a_bias_of_heads(tiny, changes):
+def test_what_is_no_matrix_is_a_gain_of_the_residual_or_of_heads_or_a_bias(tiny, changes):
     config = dataclasses.replace(tiny, **changes)
     for path, parameter in axes.parameters(config).items():
         if not parameter.reads:
-            assert parameter.is_gain == path.endswith("scale"), path
-            written = (axes.EMBED,) if parameter.is_gain else parameter.writes
+            assert parameter.is_gain == path.endswith(("scale", "query_norm", "key_norm")), path
+            gained = axes.HEAD_DIM if "attention" in path.split("/") else axes.EMBED
+            written = (gained,) if parameter.is_gain else parameter.writes
             assert tuple(a for a in parameter.axes if a != axes.LAYERS) == written, path
 
 
@@ -72,6 +75,15 @@ def test_shapes_are_in_the_documented_order(tiny):
     assert shapes["layers/moe/up"] == (3, 5, 12, 20)
     assert shapes["layers/moe/down"] == (3, 5, 20, 12)
     assert shapes["lm_head/kernel"] == (12, 61)
+
+
+def test_heads_share_the_gains_of_their_norms_and_a_shared_expert_has_one_score(tiny):
+    config = dataclasses.replace(tiny, **EVERY_SECOND, qk_norm=True, shared_expert_gate=True)
+    shapes = shapes_of(config)
+    assert shapes["layers/attention/query_norm"] == (6, 6)
+    assert shapes["layers/attention/key_norm"] == (6, 6)
+    assert shapes["layers/moe/shared_router"] == (3, 12)
+    assert axes.parameters(config)["layers/moe/shared_router"].fan_in(config) == 12
 
 
 def test_only_the_shapes_of_mixtures_change_where_some_layers_are_dense(tiny):

@@ -1,9 +1,10 @@
 import dataclasses
 import json
+import re
 
 import pytest
 
-from aquila_jax import PRESETS, ModelConfig, UserError, preset
+from aquila_jax import PRESETS, ModelConfig, RopeScaling, UserError, preset
 
 MIXTURE = {"num_experts": 4, "experts_per_token": 2}
 
@@ -53,6 +54,8 @@ MIXTURE = {"num_experts": 4, "experts_per_token": 2}
             ["num_layers (3)", "multiple of moe_every (2)", "moe_every=1"],
         ),
         ({**MIXTURE, "moe_every": 6}, ["num_layers (3)", "moe_every (6)"]),
+        ({**MIXTURE, "shared_expert_gate": True}, ["shared_expert_gate", "shared_mlp_dim is 0"]),
+        ({"rope_scaling": "linear"}, ["RopeScaling", "'linear'"]),
     ],
     ids=str,
 )
@@ -102,12 +105,52 @@ def test_a_config_survives_json(name):
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+
+
+@pytest.mark.parametrize("scaling", [LLAMA3, RopeScaling("linear", 2.0)], ids=str)
+def test_rotary_scaling_survives_json_and_tells_configurations_apart(tiny, scaling):
+    config = dataclasses.replace(tiny, rope_scaling=scaling)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config != tiny
+    assert len({config, tiny, dataclasses.replace(config)}) == 2
+    assert preset("toy_dense", rope_scaling=scaling).rope_scaling == scaling
+    assert preset("toy_dense", rope_scaling=dataclasses.asdict(scaling)).rope_scaling == scaling
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"kind": "yarn", "factor": 2.0}, "no rope_scaling of kind 'yarn'; there are linear"),
+        ({"kind": "linear", "factor": 0.5}, "at least 1, not 0.5"),
+        ({"kind": "linear", "factor": float("nan")}, "at least 1, not nan"),
+        ({"kind": "linear", "factor": "2"}, "factor must be a number, not '2'"),
+        ({"kind": "linear", "factor": True}, "factor must be a number, not True"),
+        ({"kind": "linear", "factor": 2.0, "low_freq_factor": 1.0}, "no parameter but its factor"),
+        ({"kind": "llama3", "factor": 8.0}, "needs original_context_length (0)"),
+        ({**dataclasses.asdict(LLAMA3), "high_freq_factor": 1.0}, "high_freq_factor (1.0) above"),
+        ({**dataclasses.asdict(LLAMA3), "original_context_length": 0.5}, "length (0.5)"),
+        ({"kind": "linear"}, "not a whole RopeScaling: "),
+        ({"kind": "linear", "factor": 2.0, "beta": 1}, "beta"),
+    ],
+    ids=str,
+)
+def test_rotary_scaling_that_means_nothing_is_refused(tiny, values, named):
+    with pytest.raises(UserError, match=re.escape(named)) as caught:
+        ModelConfig.from_dict({**tiny.to_dict(), "rope_scaling": values})
+    assert "\n" not in str(caught.value)
+
+
+def test_there_are_few_fields():
+    assert len(dataclasses.fields(ModelConfig)) <= 25
+
+
 def test_every_field_survives_a_dict(tiny):
     mixture = dataclasses.replace(tiny, **MIXTURE, expert_mlp_dim=7, shared_mlp_dim=9)
     changed = {
-        name: not value if isinstance(value, bool) else value * 2
+        name: not value if isinstance(value, bool) else value and value * 2
         for name, value in mixture.to_dict().items()
     }
+    changed["rope_scaling"] = dataclasses.asdict(LLAMA3)
     assert all(changed[name] != value for name, value in mixture.to_dict().items())
     assert ModelConfig.from_dict(changed).to_dict() == changed
 
@@ -129,7 +172,8 @@ def test_the_last_layer_of_every_group_has_experts(tiny, every):
 
 def test_a_config_saved_before_these_shapes_is_read_as_it_was(tiny):
     values = dataclasses.replace(tiny, **MIXTURE).to_dict()
-    for name in ("expert_mlp_dim", "shared_mlp_dim", "moe_every"):
+    later = ("expert_mlp_dim", "shared_mlp_dim", "moe_every", "qk_norm", "rope_scaling")
+    for name in (*later, "shared_expert_gate"):
         del values[name]
     assert ModelConfig.from_dict(values) == dataclasses.replace(tiny, **MIXTURE)
 

@@ -19,7 +19,6 @@ INDEX_FILE = "model.safetensors.index.json"
 
 # Rotary frequencies, which old checkpoints store and everyone computes.
 _HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-_HEAD = layout.NAMES["lm_head/kernel"]
 _OUTPUT_BIAS = "model.layers.{layer}.self_attn.o_proj.bias"
 
 
@@ -116,7 +115,7 @@ class Directory:
         expected.update((name, (self.config.embed_dim,)) for name in biases)
         # A tied head may have been written out all the same.
         head = (self.config.vocab_size, self.config.embed_dim)
-        optional = {_HEAD: head} if self.config.tie_embeddings else {}
+        optional = {layout.HEAD: head} if self.config.tie_embeddings else {}
         found = {
             name: entry
             for name, (_, entry) in self._entries.items()

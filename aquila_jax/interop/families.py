@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from aquila_jax.config import ModelConfig
+from aquila_jax.config import ROPE_SCALINGS, ModelConfig, RopeScaling
 from aquila_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
@@ -27,33 +27,92 @@ class Family:
 
     Attributes:
         architecture: the class that `transformers` loads it with.
-        is_moe: whether its layers are mixtures of experts.
-        qkv_bias: whether query, key and value have biases; None where `attention_bias` says.
+        experts: the keys of its mixture by our fields; empty where it has none.
+        qkv_bias: whether query, key and value have biases, where no key says so.
+        bias_key: the key that says so; None where there is none.
+        qk_norm: whether heads' queries and keys are normalised.
         norm_eps: `rms_norm_eps` where it is absent.
         rope_theta: the same.
         num_kv_heads: the same; None for as many as query heads.
+        head_dim: the same; None for the width over the heads.
         sliding_window: the same; None for none.
+        windowed: what turns the window on: "always", "flag" (`use_sliding_window`), or "depth"
+            (that, in layers from `max_window_layers` on).
     """
 
     architecture: str
-    is_moe: bool = False
-    qkv_bias: bool | None = False
+    experts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    qkv_bias: bool = False
+    bias_key: str | None = None
+    qk_norm: bool = False
     norm_eps: float = 1e-6
     rope_theta: float = 1e4
     num_kv_heads: int | None = None
+    head_dim: int | None = None
     sliding_window: int | None = None
+    windowed: str = "always"
+
+
+_MIXTRAL_KEYS = types.MappingProxyType(
+    {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}
+)
+_QWEN3_KEYS = types.MappingProxyType(
+    {
+        "num_experts": "num_experts",
+        "experts_per_token": "num_experts_per_tok",
+        "expert_mlp_dim": "moe_intermediate_size",
+        "moe_every": "decoder_sparse_step",
+        "renormalize_gates": "norm_topk_prob",
+    }
+)
+_QWEN2_KEYS = types.MappingProxyType(
+    {**_QWEN3_KEYS, "shared_mlp_dim": "shared_expert_intermediate_size"}
+)
 
 
 FAMILIES: Mapping[str, Family] = types.MappingProxyType(
     {
-        "llama": Family("LlamaForCausalLM", qkv_bias=None),
-        "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, num_kv_heads=32, sliding_window=4096),
+        "llama": Family("LlamaForCausalLM", bias_key="attention_bias"),
+        "qwen2": Family(
+            "Qwen2ForCausalLM",
+            qkv_bias=True,
+            num_kv_heads=32,
+            sliding_window=4096,
+            windowed="depth",
+        ),
+        "qwen3": Family(
+            "Qwen3ForCausalLM",
+            bias_key="attention_bias",
+            qk_norm=True,
+            num_kv_heads=32,
+            head_dim=128,
+            sliding_window=4096,
+            windowed="depth",
+        ),
         "mistral": Family("MistralForCausalLM", num_kv_heads=8, sliding_window=4096),
         "mixtral": Family(
-            "MixtralForCausalLM", is_moe=True, norm_eps=1e-5, rope_theta=1e6, num_kv_heads=8
+            "MixtralForCausalLM", _MIXTRAL_KEYS, norm_eps=1e-5, rope_theta=1e6, num_kv_heads=8
+        ),
+        "qwen2_moe": Family(
+            "Qwen2MoeForCausalLM",
+            _QWEN2_KEYS,
+            qkv_bias=True,
+            bias_key="qkv_bias",
+            num_kv_heads=16,
+            sliding_window=4096,
+            windowed="flag",
+        ),
+        "qwen3_moe": Family(
+            "Qwen3MoeForCausalLM",
+            _QWEN3_KEYS,
+            bias_key="attention_bias",
+            qk_norm=True,
+            num_kv_heads=4,
+            sliding_window=4096,
+            windowed="flag",
         ),
         "aquiladense": Family("AquilaDenseForCausalLM", qkv_bias=True),
-        "aquilamoe": Family("AquilaMoeForCausalLM", is_moe=True, qkv_bias=True),
+        "aquilamoe": Family("AquilaMoeForCausalLM", _MIXTRAL_KEYS, qkv_bias=True),
     }
 )
 
@@ -66,7 +125,16 @@ _KEYS = {
     "mlp_dim": "intermediate_size",
     "context_length": "max_position_embeddings",
 }
-_EXPERT_KEYS = {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}
+# The keys of a scaling of rotary frequencies, by our fields.
+_ROPE_KEYS: Mapping[str, Mapping[str, str]] = {
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_context_length": "original_max_position_embeddings",
+    },
+}
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -114,27 +182,29 @@ class HubConfig:
         """
         self._refuse_what_we_lack()
         family = self._family
-        keys = {**_KEYS, **(_EXPERT_KEYS if family.is_moe else {})}
-        counts = {field: self._count(key) for field, key in keys.items()}
+        counts = {field: self._count(key) for field, key in _KEYS.items()}
         self._refuse_sliding_window(counts["context_length"], counts["num_layers"])
         heads, width = counts["num_heads"], counts["embed_dim"]
-        head_dim = self._count("head_dim", 0) or width // max(heads, 1)
-        if not self.values.get("head_dim") and head_dim * heads != width:
+        said = self._count("head_dim", family.head_dim or 0)
+        head_dim = said or width // max(heads, 1)
+        if not said and head_dim * heads != width:
             raise self.refusal(
                 f"hidden_size {width} does not divide into {heads} heads, and no head_dim is given"
             )
-        qkv_bias = self._flag("attention_bias") if family.qkv_bias is None else family.qkv_bias
+        mixture, rope = self._mixture(counts["mlp_dim"]), self._rope()
         try:
             return ModelConfig.from_dict(
                 {
                     **counts,
+                    **mixture,
+                    **rope,
                     "head_dim": head_dim,
                     "num_kv_heads": self._count(
                         "num_key_value_heads", family.num_kv_heads or heads
                     ),
-                    "rope_theta": self._rope_theta(),
                     "norm_eps": self._number(self.values.get("rms_norm_eps", family.norm_eps)),
-                    "qkv_bias": qkv_bias,
+                    "qkv_bias": self._has_biases(),
+                    "qk_norm": family.qk_norm,
                     "tie_embeddings": self._flag("tie_word_embeddings"),
                 }
             )
@@ -144,7 +214,40 @@ class HubConfig:
     @property
     def has_output_bias(self) -> bool:
         """Whether the attention's output projection has a bias as well."""
-        return self._family.qkv_bias is None and self._flag("attention_bias")
+        return self._family.bias_key == "attention_bias" and self._has_biases()
+
+    def _has_biases(self) -> bool:
+        key, default = self._family.bias_key, self._family.qkv_bias
+        return default if key is None else self._flag(key, default)
+
+    def _mixture(self, mlp_dim: int) -> dict[str, Any]:
+        """The fields of the mixture, where the family has one."""
+        keys = dict(self._family.experts)
+        if "renormalize_gates" not in keys:
+            return {field: self._count(key) for field, key in keys.items()}
+        if layers := self.values.get("mlp_only_layers"):
+            raise self.refusal(
+                f"mlp_only_layers {layers} are not supported: here every decoder_sparse_step-th "
+                "layer has experts"
+            )
+        # What transformers 5 writes of qwen3_moe.
+        if "num_experts" not in self.values and "num_local_experts" in self.values:
+            keys["num_experts"] = "num_local_experts"
+        renormalize_gates = self._flag(keys.pop("renormalize_gates"))
+        moe_every = self._count(keys.pop("moe_every"), 1)
+        fields = {field: self._count(key) for field, key in keys.items()}
+        for field in ("expert_mlp_dim", "shared_mlp_dim"):
+            # To a ModelConfig 0 is something else: as wide as a dense MLP, or not there.
+            if fields.get(field) == 0:
+                raise self.refusal(f"{keys[field]} must be positive")
+        if fields["expert_mlp_dim"] == mlp_dim:
+            fields["expert_mlp_dim"] = 0
+        return {
+            **fields,
+            "moe_every": moe_every,
+            "renormalize_gates": renormalize_gates,
+            "shared_expert_gate": "shared_mlp_dim" in fields,
+        }
 
     def _count(self, key: str, default: int | None = None) -> int:
         value = self.values.get(key)
@@ -160,30 +263,49 @@ class HubConfig:
             raise self.refusal(f"rms_norm_eps and rope_theta must be numbers, not {value!r}")
         return float(value)
 
-    def _flag(self, key: str) -> bool:
-        return bool(self.values.get(key, False))
+    def _flag(self, key: str, default: bool = False) -> bool:
+        return bool(self.values.get(key, default))
 
-    def _rope_theta(self) -> float:
-        """The base of the rotary frequencies, from either place; other frequencies are refused."""
+    def _rope(self) -> dict[str, Any]:
+        """The base of the rotary frequencies and their scaling, from either place."""
         rope: dict[str, Any] = {"rope_theta": self.values.get("rope_theta")}
+        kinds = {}
         for key in ("rope_scaling", "rope_parameters"):
             said = self.values.get(key) or {}
             if not isinstance(said, dict) or any(isinstance(v, dict) for v in said.values()):
                 raise self.refusal(f"{key} {said!r} differs by layer, which is not supported yet")
-            kind = said.get("rope_type", said.get("type", "default"))
-            if kind != "default":
-                raise self.refusal(
-                    f"{key} of type {kind!r} is not supported yet: rotary positions here are "
-                    "those of rope_theta alone"
-                )
+            if said:
+                kinds[key] = str(said.get("rope_type", said.get("type", "default")))
             rope.update(said)
         part = rope.get("partial_rotary_factor", self.values.get("partial_rotary_factor"))
         if part not in (None, 1, 1.0):
             raise self.refusal(
                 f"partial_rotary_factor {part} is not supported: all of a head turns"
             )
+        for key, kind in kinds.items():
+            if kind not in ("default", *ROPE_SCALINGS):
+                raise self.refusal(
+                    f"{key} of type {kind!r} is not supported yet; there are default, "
+                    f"{', '.join(ROPE_SCALINGS)}"
+                )
+        if len(set(kinds.values())) > 1:
+            raise self.refusal("rope_scaling and rope_parameters are of different types")
         theta = rope["rope_theta"]
-        return self._number(self._family.rope_theta if theta is None else theta)
+        return {
+            "rope_theta": self._number(self._family.rope_theta if theta is None else theta),
+            "rope_scaling": self._rope_scaling(next(iter(kinds.values()), "default"), rope),
+        }
+
+    def _rope_scaling(self, kind: str, rope: Mapping[str, Any]) -> RopeScaling | None:
+        if kind == "default":
+            return None
+        fields = {field: rope.get(key) for field, key in _ROPE_KEYS[kind].items()}
+        if missing := [_ROPE_KEYS[kind][field] for field, v in fields.items() if v is None]:
+            raise self.refusal(f"rope_scaling of type {kind!r} lacks {', '.join(missing)}")
+        try:
+            return RopeScaling.from_dict({"kind": kind, **fields})
+        except UserError as error:
+            raise self.refusal(str(error)) from error
 
     def _refuse_what_we_lack(self) -> None:
         activation = self.values.get("hidden_act", "silu")
@@ -198,10 +320,10 @@ class HubConfig:
 
     def _refuse_sliding_window(self, context: int, num_layers: int) -> None:
         """A window no shorter than the context hides nothing."""
-        if self.model_type == "qwen2" and (
-            not self._flag("use_sliding_window")
-            or self._count("max_window_layers", 28) >= num_layers
-        ):
+        windowed = self._family.windowed
+        if windowed != "always" and not self._flag("use_sliding_window"):
+            return
+        if windowed == "depth" and self._count("max_window_layers", 28) >= num_layers:
             return
         window = self.values.get("sliding_window", self._family.sliding_window)
         if window is not None and not (type(window) is int and window >= context):
@@ -212,10 +334,23 @@ class HubConfig:
             )
 
 
+def has_qwen_mixture(config: ModelConfig) -> bool:
+    """Whether the mixture is one of those that only qwen2_moe and qwen3_moe have."""
+    return config.is_moe and (config.qk_norm or config.shared_expert_gate)
+
+
 def family_of(config: ModelConfig) -> str:
-    """The smallest family for `config`: llama, qwen2, mistral, mixtral or aquilamoe."""
+    """The smallest family for `config`.
+
+    Llama, qwen2, qwen3 or mistral; of mixtures qwen3_moe with norms of heads, qwen2_moe with a
+    weighed shared expert, else mixtral or aquilamoe.
+    """
+    if has_qwen_mixture(config):
+        return "qwen3_moe" if config.qk_norm else "qwen2_moe"
     if config.is_moe:
         return "aquilamoe" if config.qkv_bias else "mixtral"
+    if config.qk_norm:
+        return "qwen3"
     if config.qkv_bias:
         return "qwen2"
     # Llama insists that its heads divide its width, even where it is told the head's own width.
@@ -248,19 +383,33 @@ def to_hub(config: ModelConfig, dtype: str, tokens_of: Path | None = None) -> di
         # Absent, they would be Llama's own tokens.
         **dict.fromkeys(_TOKEN_KEYS),
     }
+    family = FAMILIES[model_type]
+    if family.bias_key == "attention_bias":
+        # It would stand for a bias of the output as well.
+        values |= {"attention_bias": False}
+    elif family.bias_key is not None:
+        values |= {family.bias_key: config.qkv_bias}
     if model_type == "llama":
-        values |= {"attention_bias": False, "mlp_bias": False}
-    elif model_type == "qwen2":
-        values |= {"use_sliding_window": False}
-    else:
+        values |= {"mlp_bias": False}
+    elif family.windowed == "always":
         values |= {"sliding_window": None}
-    if config.is_moe:
-        values |= {key: getattr(config, field) for field, key in _EXPERT_KEYS.items()}
+    else:
+        values |= {"use_sliding_window": False}
+    values |= {key: getattr(config, field) for field, key in family.experts.items()}
+    if "expert_mlp_dim" in family.experts:
+        values |= {family.experts["expert_mlp_dim"]: config.expert_dim, "mlp_only_layers": []}
+    if config.rope_scaling is not None:
+        values |= {"rope_scaling": _rope_scaling_of(config.rope_scaling)}
     _refuse_if_lost(config, values)
     if tokens_of is not None and (tokens_of / CONFIG_FILE).exists():
         said = read_json(tokens_of / CONFIG_FILE)
         values |= {key: said[key] for key in _TOKEN_KEYS if key in said}
     return values
+
+
+def _rope_scaling_of(scaling: RopeScaling) -> dict[str, Any]:
+    said = {key: getattr(scaling, field) for field, key in _ROPE_KEYS[scaling.kind].items()}
+    return {"rope_type": scaling.kind, **said}
 
 
 def _refuse_if_lost(config: ModelConfig, values: Mapping[str, Any]) -> None:
@@ -283,6 +432,9 @@ def as_read(config: ModelConfig) -> ModelConfig:
     if not config.is_moe:
         # A dense model has no gates.
         return dataclasses.replace(config, renormalize_gates=True)
+    if has_qwen_mixture(config):
+        expert_mlp_dim = 0 if config.expert_dim == config.mlp_dim else config.expert_dim
+        return dataclasses.replace(config, expert_mlp_dim=expert_mlp_dim)
     if config.moe_every == 1:
         # Where every layer has experts, their width is the only one.
         return dataclasses.replace(config, mlp_dim=config.expert_dim, expert_mlp_dim=0)

@@ -132,8 +132,9 @@ def save_hf(
     """Write a model as a Hugging Face directory that is whole or absent.
 
     The family is the smallest that can express the configuration: llama, qwen2 with biases of
-    query, key and value, mistral where heads do not divide the width, mixtral, and for a mixture
-    with biases aquilamoe, which `transformers` itself does not know.
+    query, key and value, qwen3 with norms of heads, mistral where heads do not divide the width;
+    of mixtures mixtral, qwen3_moe with norms of heads, qwen2_moe with a shared expert that is
+    weighed, and aquilamoe with biases alone, which `transformers` itself does not know.
 
     Args:
         params: nested parameters of `config`, NumPy or JAX arrays.

@@ -1,14 +1,16 @@
 """Hugging Face's tensors of a model: their names, their shapes, and which part of ours each is.
 
-Every family read or written here names its tensors alike, so there is one table of names. The
-layout needs no table: it follows from what `aquila_jax.axes` says a parameter reads and writes.
+Families name their tensors alike but for mixtures, which have two ways, so the names are a table.
+The layout needs none: it follows from what `aquila_jax.axes` says a parameter reads and writes.
 In memory layers and experts are stacked and inputs come first, `query [L, D, N, H]`; on disk
 every layer and every expert is a tensor of its own and outputs come first, `[N * H, D]`.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+import types
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -16,8 +18,9 @@ from aquila_jax import axes
 from aquila_jax.axes import Parameter
 from aquila_jax.config import ModelConfig
 from aquila_jax.errors import UserError
+from aquila_jax.interop.families import has_qwen_mixture
 
-NAMES: Mapping[str, str] = {
+_NAMES: Mapping[str, str] = {
     "token_embedder/embedding": "model.embed_tokens.weight",
     "layers/pre_attention_norm/scale": "model.layers.{layer}.input_layernorm.weight",
     "layers/attention/query": "model.layers.{layer}.self_attn.q_proj.weight",
@@ -26,18 +29,33 @@ NAMES: Mapping[str, str] = {
     "layers/attention/key_bias": "model.layers.{layer}.self_attn.k_proj.bias",
     "layers/attention/value": "model.layers.{layer}.self_attn.v_proj.weight",
     "layers/attention/value_bias": "model.layers.{layer}.self_attn.v_proj.bias",
+    "layers/attention/query_norm": "model.layers.{layer}.self_attn.q_norm.weight",
+    "layers/attention/key_norm": "model.layers.{layer}.self_attn.k_norm.weight",
     "layers/attention/out": "model.layers.{layer}.self_attn.o_proj.weight",
     "layers/pre_mlp_norm/scale": "model.layers.{layer}.post_attention_layernorm.weight",
     "layers/mlp/gate": "model.layers.{layer}.mlp.gate_proj.weight",
     "layers/mlp/up": "model.layers.{layer}.mlp.up_proj.weight",
     "layers/mlp/down": "model.layers.{layer}.mlp.down_proj.weight",
+    "final_norm/scale": "model.norm.weight",
+    "lm_head/kernel": "lm_head.weight",
+}
+_MIXTRAL_NAMES: Mapping[str, str] = {
     "layers/moe/router": "model.layers.{layer}.block_sparse_moe.gate.weight",
     "layers/moe/gate": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
     "layers/moe/up": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
     "layers/moe/down": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
-    "final_norm/scale": "model.norm.weight",
-    "lm_head/kernel": "lm_head.weight",
 }
+_QWEN_NAMES: Mapping[str, str] = {
+    "layers/moe/router": "model.layers.{layer}.mlp.gate.weight",
+    "layers/moe/gate": "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
+    "layers/moe/up": "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
+    "layers/moe/down": "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
+    "layers/moe/shared_gate": "model.layers.{layer}.mlp.shared_expert.gate_proj.weight",
+    "layers/moe/shared_up": "model.layers.{layer}.mlp.shared_expert.up_proj.weight",
+    "layers/moe/shared_down": "model.layers.{layer}.mlp.shared_expert.down_proj.weight",
+    "layers/moe/shared_router": "model.layers.{layer}.mlp.shared_expert_gate.weight",
+}
+HEAD = _NAMES["lm_head/kernel"]
 
 # How many tensors an error names of each kind.
 _MOST_LISTED = 8
@@ -49,7 +67,8 @@ class Slice:
 
     Attributes:
         path: the leaf, as in `axes.parameters`.
-        layer: index along its layers axis; None where it has none.
+        layer: index along its layers axis, which is the depth only where all layers have the
+            leaf; None where it has none.
         expert: index along its stack of experts; None where it has none.
     """
 
@@ -61,6 +80,16 @@ class Slice:
     def index(self) -> tuple[int, ...]:
         """Where the slice lies along the leading axes of its leaf."""
         return tuple(i for i in (self.layer, self.expert) if i is not None)
+
+
+@functools.lru_cache(maxsize=8)
+def names(config: ModelConfig) -> Mapping[str, str]:
+    """What each leaf is called on disk, with `{layer}` for the depth and `{expert}`.
+
+    There are names for more leaves than a model has, and none for what no family has.
+    """
+    experts = _QWEN_NAMES if has_qwen_mixture(config) else _MIXTRAL_NAMES
+    return types.MappingProxyType({**_NAMES, **(experts if config.is_moe else {})})
 
 
 def stack_axes(parameter: Parameter) -> tuple[str, ...]:
@@ -102,34 +131,48 @@ def _is_matrix(parameter: Parameter) -> bool:
     return bool(parameter.reads) and axes.VOCAB not in parameter.reads
 
 
-def slices(config: ModelConfig) -> dict[str, Slice]:
+@functools.lru_cache(maxsize=8)
+def slices(config: ModelConfig) -> Mapping[str, Slice]:
     """Every tensor of a model by its name on disk, layer after layer: the order of our files.
 
     Raises:
         UserError: the model has leaves that no family here has tensors for.
     """
     before: list[Slice] = []
-    layered: list[tuple[str, bool]] = []
+    layered: list[str] = []
     after: list[Slice] = []
-    for path, parameter in axes.parameters(config).items():
-        if path not in NAMES or not set(stack_axes(parameter)) <= {axes.LAYERS, axes.EXPERTS}:
+    parameters = axes.parameters(config)
+    for path, parameter in parameters.items():
+        if path not in names(config):
             raise UserError(f"no Hugging Face family here has tensors for {path}")
-        if axes.LAYERS in parameter.axes:
-            layered.append((path, axes.EXPERTS in stack_axes(parameter)))
+        if parameter.axes[0] in axes.LAYER_AXES:
+            layered.append(path)
         else:
             (after if layered else before).append(Slice(path))
     unrolled = [
-        Slice(path, layer, expert)
-        for layer in range(config.num_layers)
-        for path, has_experts in layered
-        for expert in (range(config.num_experts) if has_experts else [None])
+        item
+        for depth in range(config.num_layers)
+        for path in layered
+        for item in _slices_at(config, path, parameters[path], depth)
     ]
-    return {tensor_name(item): item for item in (*before, *unrolled, *after)}
+    items = (*before, *unrolled, *after)
+    return types.MappingProxyType({tensor_name(config, item): item for item in items})
 
 
-def tensor_name(item: Slice) -> str:
+def _slices_at(config: ModelConfig, path: str, parameter: Parameter, depth: int) -> Iterator[Slice]:
+    """What one layer has of a leaf: nothing, one slice, or one of every expert."""
+    depths = axes.layers_of(config, parameter.axes[0])
+    if depth in depths:
+        is_unrolled = axes.EXPERTS in stack_axes(parameter)
+        for expert in range(config.num_experts) if is_unrolled else [None]:
+            yield Slice(path, depths.index(depth), expert)
+
+
+def tensor_name(config: ModelConfig, item: Slice) -> str:
     """The slice's name on disk."""
-    return NAMES[item.path].format(layer=item.layer, expert=item.expert)
+    axis = axes.parameters(config)[item.path].axes[0]
+    depth = None if item.layer is None else axes.layers_of(config, axis)[item.layer]
+    return names(config)[item.path].format(layer=depth, expert=item.expert)
 
 
 def checked_name(config: ModelConfig, item: Slice) -> str:
@@ -141,13 +184,13 @@ def checked_name(config: ModelConfig, item: Slice) -> str:
     parameter = axes.parameters(config).get(item.path)
     if parameter is None:
         raise ValueError(f"a model of {config} has no {item.path!r}")
-    given = {axes.LAYERS: item.layer, axes.EXPERTS: item.expert}
     stacked = stack_axes(parameter)
-    for axis, index in given.items():
+    layers = next((axis for axis in stacked if axis in axes.LAYER_AXES), axes.LAYERS)
+    for axis, index in {layers: item.layer, axes.EXPERTS: item.expert}.items():
         size = axes.axis_size(config, axis) if axis in stacked else 0
         if (index is None) != (axis not in stacked) or not (index is None or 0 <= index < size):
             raise ValueError(f"{item} does not name one tensor: {item.path} has {size} {axis}")
-    return tensor_name(item)
+    return tensor_name(config, item)
 
 
 def check_names_and_shapes(

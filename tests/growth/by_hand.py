@@ -16,6 +16,8 @@ LEAVES = {
     "layers/attention/query_bias": ("l=", "n>", "h="),
     "layers/attention/key_bias": ("l=", "k=", "h="),
     "layers/attention/value_bias": ("l=", "k=", "h="),
+    "layers/attention/query_norm": ("l=", "h="),
+    "layers/attention/key_norm": ("l=", "h="),
     "layers/pre_mlp_norm/scale": ("l=", "d="),
     "layers/mlp/gate": ("l=", "d<", "f>"),
     "layers/mlp/up": ("l=", "d<", "f>"),

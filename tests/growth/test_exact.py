@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aquila_jax import ModelConfig, scale_up
+from aquila_jax import ModelConfig, RopeScaling, UserError, scale_up
 from aquila_jax.axes import flatten
-from aquila_jax.growth import ScaleUp
+from aquila_jax.growth import ScaleOut, ScaleUp
 from aquila_jax.growth.compose import apply_plan
 from aquila_jax.growth.rules import Mapped
 
@@ -32,10 +32,14 @@ def growths(draw):
         head_dim=2 * draw(st.integers(1, 2)),
         mlp_dim=draw(st.integers(1, 7)),
         norm_eps=draw(st.sampled_from([1e-6, 0.1])),
+        rope_scaling=draw(st.sampled_from([None, RopeScaling("llama3", 4.0, 1.0, 4.0, 16)])),
         qkv_bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
         tie_embeddings=draw(st.booleans()),
         num_experts=3 * is_mixture,
         experts_per_token=2 * is_mixture,
+        shared_mlp_dim=3 * is_mixture,
+        shared_expert_gate=is_mixture and draw(st.booleans()),
     )
     groups += draw(st.integers(0, 2))
     target = dataclasses.replace(
@@ -46,6 +50,7 @@ def growths(draw):
         num_kv_heads=groups,
         num_heads=groups * (per_group + draw(st.integers(0, 2))),
         mlp_dim=source.mlp_dim + draw(st.integers(0, 9)),
+        shared_mlp_dim=is_mixture * (3 + draw(st.integers(0, 2))),
         tie_embeddings=source.tie_embeddings and draw(st.booleans()),
     )
     return source, target
@@ -85,6 +90,51 @@ def test_the_float32_model_keeps_its_logits(tiny, random_params, model_logits, m
         rtol=0,
         atol=1e-4,
     )
+
+
+@pytest.mark.parametrize("method", ["fpi", "isometric", "latent"])
+def test_norms_of_heads_are_copied_and_growth_stays_exact(
+    tiny, random_params, reference_logits, method
+):
+    mixture = {"num_experts": 3, "experts_per_token": 2, "shared_mlp_dim": 5, "moe_every": 3}
+    source = dataclasses.replace(
+        tiny, **mixture, qk_norm=True, shared_expert_gate=True, norm_eps=0.1
+    )
+    target = dataclasses.replace(
+        source, embed_dim=24, num_heads=6, mlp_dim=40, expert_mlp_dim=40, shared_mlp_dim=10
+    )
+    params = random_params(source, dtype=np.float64)
+    grown, certificate = grow(params, source, target, method=method)
+    before, after = (reference_logits(c, p, TOKENS) for c, p in ((source, params), (target, grown)))
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-9)
+    assert certificate.exact
+    origins = {leaf.path: leaf.origin for leaf in certificate.leaves}
+    for name in ("query_norm", "key_norm"):
+        old, new = (p["layers"]["attention"][name] for p in (params, grown))
+        np.testing.assert_array_equal(new, old)
+        assert origins[f"layers/attention/{name}"] == "copied"
+
+
+@pytest.mark.parametrize(
+    "field", [{"qk_norm": True}, {"rope_scaling": RopeScaling("linear", 2.0)}], ids=str
+)
+def test_growth_keeps_rotary_scaling_and_norms_of_heads(tiny, field):
+    target = dataclasses.replace(tiny, embed_dim=24, **field)
+    (name,) = field
+    with pytest.raises(UserError, match=rf"cannot grow with {name} .* the function would change"):
+        ScaleUp("fpi").plan(tiny, target)
+    mixture = dataclasses.replace(tiny, num_experts=2, experts_per_token=1, **field)
+    with pytest.raises(UserError, match=f"scale-out cannot change {name}"):
+        ScaleOut().plan(tiny, mixture)
+
+
+def test_a_weighed_shared_expert_is_not_made_of_a_dense_model(tiny):
+    mixture = dataclasses.replace(
+        tiny, num_experts=2, experts_per_token=1, shared_mlp_dim=5, expert_mlp_dim=15,
+        shared_expert_gate=True,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="scale-out cannot change shared_expert_gate from False"):
+        ScaleOut().plan(tiny, mixture)
 
 
 @pytest.mark.parametrize(

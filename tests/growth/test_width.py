@@ -164,15 +164,16 @@ def test_fpi_is_exact_for_any_shape_at_whole_multiples_of_the_width(
     ],
 )
 def test_every_leaf_is_the_one_built_by_hand(tiny, grow64, method, depth, expected_depth):
-    target = dataclasses.replace(tiny, **UNEVEN)
-    params, grown, certificate = grow64(tiny, target, method=method, depth=depth)
+    source = dataclasses.replace(tiny, qk_norm=True)
+    target = dataclasses.replace(source, **UNEVEN)
+    params, grown, certificate = grow64(source, target, method=method, depth=depth)
     assert certificate.depth == expected_depth
     layer_of = functools.partial(DEPTHS[expected_depth], tiny.num_layers, target.num_layers)
     flat, grown = flatten(params), flatten(grown)
     assert set(grown) == set(LEAVES)
     for path in LEAVES:
         expected = grown_leaf(
-            path, flat[path], tiny, target, layer_of=layer_of, aki=method != "fpi"
+            path, flat[path], source, target, layer_of=layer_of, aki=method != "fpi"
         )
         np.testing.assert_allclose(grown[path], expected, rtol=1e-14, err_msg=path)
 

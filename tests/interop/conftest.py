@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from aquila_jax import save_hf
-from aquila_jax.config import ModelConfig
+from aquila_jax.config import ModelConfig, RopeScaling
 
 DENSE = ModelConfig(
     vocab_size=61,
@@ -27,6 +27,12 @@ DENSE = ModelConfig(
 )
 BIASED = dataclasses.replace(DENSE, qkv_bias=True)
 MIXTURE = dataclasses.replace(DENSE, num_experts=4, experts_per_token=2)
+FINE_GRAINED = dataclasses.replace(MIXTURE, qk_norm=True, expert_mlp_dim=7)
+WEIGHED = dataclasses.replace(
+    MIXTURE, qkv_bias=True, expert_mlp_dim=7, shared_mlp_dim=9, shared_expert_gate=True
+)
+LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
+LINEAR = RopeScaling("linear", 3.0)
 CONFIGS = {
     "llama": DENSE,
     "llama, tied": dataclasses.replace(DENSE, tie_embeddings=True),
@@ -35,6 +41,16 @@ CONFIGS = {
     "mistral": dataclasses.replace(DENSE, embed_dim=10),
     "mixtral": MIXTURE,
     "aquilamoe": dataclasses.replace(MIXTURE, qkv_bias=True),
+    "llama, llama3 positions": dataclasses.replace(DENSE, rope_scaling=LLAMA3),
+    "qwen2, linear positions": dataclasses.replace(BIASED, rope_scaling=LINEAR),
+    "qwen3": dataclasses.replace(DENSE, qk_norm=True),
+    "qwen3, tied": dataclasses.replace(DENSE, qk_norm=True, tie_embeddings=True),
+    "qwen3_moe": FINE_GRAINED,
+    "qwen3_moe, every second": dataclasses.replace(
+        FINE_GRAINED, num_layers=4, moe_every=2, renormalize_gates=False, rope_scaling=LLAMA3
+    ),
+    "qwen2_moe": WEIGHED,
+    "qwen2_moe, every third": dataclasses.replace(WEIGHED, moe_every=3, qkv_bias=False),
 }
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from aquila_jax import UserError, load_hf, save_hf, scale_out, scale_up
+from aquila_jax import RopeScaling, UserError, load_hf, save_hf, scale_out, scale_up
 from aquila_jax.axes import flatten
 from aquila_jax.growth import ScaleOut, ScaleUp, apply_plan
 from aquila_jax.interop import growing
@@ -14,6 +14,7 @@ from aquila_jax.interop.growing import grow_files, is_finite
 
 LARGER = {"embed_dim": 18, "num_heads": 6, "mlp_dim": 33, "num_layers": 5, "vocab_size": 70}
 MIXTURE = {"num_experts": 4, "experts_per_token": 2}
+QWEN3 = {"qkv_bias": False, "qk_norm": True, "rope_scaling": RopeScaling("linear", 2.0)}
 
 
 @pytest.fixture
@@ -49,6 +50,17 @@ def assert_same_bits(tree, other):
         (ScaleUp("fpi"), {"tie_embeddings": True}, {**LARGER, "tie_embeddings": False}),
         (ScaleOut(), {}, MIXTURE),
         (ScaleOut(redraw=0.5, noise=0.1, seed=5), {}, MIXTURE),
+        (ScaleOut(redraw=0.5), QWEN3, {**MIXTURE, "moe_every": 3}),
+        (
+            ScaleUp("isometric", depth="stacking"),
+            {**QWEN3, **MIXTURE, "moe_every": 3, "expert_mlp_dim": 7},
+            {"embed_dim": 18, "num_heads": 6, "expert_mlp_dim": 9, "num_layers": 6},
+        ),
+        (
+            ScaleUp("latent"),
+            {**MIXTURE, "shared_mlp_dim": 5, "shared_expert_gate": True},
+            {"embed_dim": 18, "mlp_dim": 33, "shared_mlp_dim": 8, "num_layers": 5},
+        ),
         (
             ScaleOut(granularity=2),
             {},

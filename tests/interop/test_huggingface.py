@@ -11,7 +11,7 @@ from aquila_jax import UserError, axes, load_hf, save_hf
 from aquila_jax.interop import Directory, arrays, huggingface
 from aquila_jax.sharding import Layout, MeshShape
 
-from .conftest import CONFIGS, DENSE, MIXTURE, edit_tensors
+from .conftest import CONFIGS, DENSE, FINE_GRAINED, MIXTURE, WEIGHED, edit_tensors
 
 
 def assert_same(found, expected):
@@ -80,10 +80,19 @@ MESHES = [
 ]
 
 
+# In width and experts what every mesh above divides.
+SPLIT = {"vocab_size": 64, "expert_mlp_dim": 8, "embed_dim": 16}
+ON_MESHES = {
+    "aquilamoe": dataclasses.replace(MIXTURE, vocab_size=64, qkv_bias=True),
+    "qwen3_moe": dataclasses.replace(FINE_GRAINED, **SPLIT, num_layers=4, moe_every=2),
+    "qwen2_moe": dataclasses.replace(WEIGHED, **SPLIT, shared_mlp_dim=10),
+}
+
+
 @pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("config", ON_MESHES.values(), ids=ON_MESHES)
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_on_a_mesh_every_device_gets_its_part(saved, random_params, shape, dtype):
-    config = dataclasses.replace(MIXTURE, vocab_size=64, qkv_bias=True)
+def test_on_a_mesh_every_device_gets_its_part(saved, random_params, shape, config, dtype):
     shardings = Layout(shape.build()).params(config)
     params, read = load_hf(saved(config), dtype=dtype, shardings=shardings)
     assert read == config

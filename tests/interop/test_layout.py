@@ -9,7 +9,7 @@ import pytest
 from aquila_jax import UserError, axes
 from aquila_jax.interop import Slice, layout, slices
 
-from .conftest import BIASED, CONFIGS, DENSE, MIXTURE
+from .conftest import BIASED, CONFIGS, DENSE, MIXTURE, WEIGHED
 
 N, K, H, D = DENSE.num_heads, DENSE.num_kv_heads, DENSE.head_dim, DENSE.embed_dim
 
@@ -114,7 +114,37 @@ def test_slices_are_all_of_the_parameters_and_go_there_and_back_as_views(config,
 
 def test_every_parameter_has_a_name():
     paths = {path for config in CONFIGS.values() for path in axes.parameters(config)}
-    assert set(layout.NAMES) == paths
+    assert paths == {path for config in CONFIGS.values() for path in layout.names(config)}
+
+
+def test_qwen_names_experts_in_its_own_way():
+    names = slices(WEIGHED)
+    mlp = "model.layers.2.mlp"
+    for ours, theirs in (("gate", "gate"), ("up", "up"), ("down", "down")):
+        assert names[f"{mlp}.experts.3.{theirs}_proj.weight"] == Slice(f"layers/moe/{ours}", 2, 3)
+        shared = names[f"{mlp}.shared_expert.{theirs}_proj.weight"]
+        assert shared == Slice(f"layers/moe/shared_{ours}", 2)
+    assert names[f"{mlp}.gate.weight"] == Slice("layers/moe/router", 2)
+    assert names[f"{mlp}.shared_expert_gate.weight"] == Slice("layers/moe/shared_router", 2)
+    weight = axes.parameters(WEIGHED)["layers/moe/shared_router"]
+    assert layout.file_shape(weight, WEIGHED) == (1, D)
+
+
+def test_the_number_on_disk_is_the_depth_and_not_the_place_in_a_stack(random_params):
+    config = CONFIGS["qwen3_moe, every second"]
+    names, attention = slices(config), "model.layers.3.self_attn"
+    assert names["model.layers.2.mlp.up_proj.weight"] == Slice("layers/mlp/up", 1)
+    assert names["model.layers.3.mlp.gate.weight"] == Slice("layers/moe/router", 1)
+    assert names["model.layers.3.mlp.experts.0.up_proj.weight"] == Slice("layers/moe/up", 1, 0)
+    assert names[f"{attention}.q_norm.weight"] == Slice("layers/attention/query_norm", 3)
+    assert names[f"{attention}.k_norm.weight"] == Slice("layers/attention/key_norm", 3)
+    assert "model.layers.2.mlp.gate.weight" not in names
+    depths = [int(name.split(".")[2]) for name in names if name.startswith("model.layers")]
+    assert depths == sorted(depths)
+    for name, item in names.items():
+        assert layout.checked_name(config, item) == name
+    with pytest.raises(ValueError, match="name one tensor"):
+        layout.checked_name(config, Slice("layers/mlp/up", 2))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +167,6 @@ def test_a_slice_that_does_not_exist_is_refused(item):
     assert not isinstance(caught.value, UserError)
 
 
-@pytest.mark.parametrize("change", [{"shared_mlp_dim": 8}, {"moe_every": 3}], ids=str)
-def test_leaves_without_tensors_are_refused(change):
+def test_leaves_without_tensors_are_refused():
     with pytest.raises(UserError, match=r"no Hugging Face family here has tensors for layers/m"):
-        slices(dataclasses.replace(MIXTURE, **change))
+        slices(dataclasses.replace(MIXTURE, shared_mlp_dim=8))

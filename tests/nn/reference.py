@@ -72,11 +72,29 @@ def _softmax(scores):
     return powers / powers.sum()
 
 
-def rotate(vectors, positions, theta):
+def frequency(i, half, theta, scaling):
+    """Radians of pair i from one position to the next; "llama3" is told by wavelengths."""
+    radians = theta ** (-2 * i / (2 * half))
+    if scaling is None:
+        return radians
+    if scaling.kind == "linear":
+        return radians / scaling.factor
+    assert scaling.kind == "llama3"
+    wavelength, original = 2 * np.pi / radians, scaling.original_context_length
+    if wavelength > original / scaling.low_freq_factor:
+        return radians / scaling.factor
+    if wavelength < original / scaling.high_freq_factor:
+        return radians
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    smooth = (original / wavelength - scaling.low_freq_factor) / span
+    return (1 - smooth) * radians / scaling.factor + smooth * radians
+
+
+def rotate(vectors, positions, theta, scaling=None):
     """Each pair (i, i + H/2) of `[T, H]` is a complex number, turned by its position."""
     half = vectors.shape[-1] // 2
     pairs = vectors[:, :half] + 1j * vectors[:, half:]
-    frequencies = np.array([theta ** (-2 * i / (2 * half)) for i in range(half)])
+    frequencies = np.array([frequency(i, half, theta, scaling) for i in range(half)])
     turned = pairs * np.exp(1j * np.outer(positions, frequencies))
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
@@ -93,8 +111,11 @@ def _attention(config, weights, x, segments, positions):
             query = query + weights["query_bias"][head]
             key = key + weights["key_bias"][group]
             value = value + weights["value_bias"][group]
-        query = rotate(query, positions, config.rope_theta)
-        key = rotate(key, positions, config.rope_theta)
+        if config.qk_norm:
+            query = _norm(config, query, weights["query_norm"])
+            key = _norm(config, key, weights["key_norm"])
+        query = rotate(query, positions, config.rope_theta, config.rope_scaling)
+        key = rotate(key, positions, config.rope_theta, config.rope_scaling)
         for t in range(len(x)):
             seen = [s for s in range(t + 1) if segments[s] == segments[t]]
             scores = np.array([query[t] @ key[s] for s in seen]) / np.sqrt(config.head_dim)
@@ -116,6 +137,9 @@ def _mixture(config, weights, x):
         gates = gates / gates.sum()
     experts = [(weights["gate"][e], weights["up"][e], weights["down"][e]) for e in chosen]
     if config.shared_mlp_dim:
-        gates = [*gates, 1.0]
+        weight = 1.0
+        if config.shared_expert_gate:
+            weight = 1 / (1 + np.exp(-(x @ weights["shared_router"])))
+        gates = [*gates, weight]
         experts.append((weights["shared_gate"], weights["shared_up"], weights["shared_down"]))
     return sum(gate * _mlp(x, *expert) for gate, expert in zip(gates, experts, strict=True))

@@ -45,7 +45,9 @@ def test_the_program_grows_neither_with_layers_nor_with_the_size_of_a_group(
 
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_every_layer_of_every_leaf_has_a_finite_gradient(tiny, random_params, random_batch, every):
-    config = dataclasses.replace(tiny, **GROUPED, moe_every=every)
+    config = dataclasses.replace(
+        tiny, **GROUPED, moe_every=every, qk_norm=True, shared_expert_gate=True
+    )
     params, batch = random_params(config), random_batch(config)
 
     def loss(params):

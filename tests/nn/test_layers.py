@@ -3,10 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aquila_jax import RopeScaling
 from aquila_jax.nn.attention import causal_mask
-from aquila_jax.nn.layers import rotary
+from aquila_jax.nn.layers import rms_norm, rotary, rotary_frequencies
 
-from .reference import rotate
+from .reference import frequency, rotate
 
 THETA = 50.0
 
@@ -39,6 +40,50 @@ def test_rotary_turns_every_head_by_complex_frequencies():
         for head in range(3):
             expected = rotate(x[row, :, head], positions[row], THETA)
             np.testing.assert_allclose(result[row, :, head], expected, rtol=0, atol=1e-12)
+
+
+SCALINGS = [
+    None,
+    RopeScaling("linear", 4.0),
+    RopeScaling("llama3", 8.0, 1.0, 4.0, 64),
+    RopeScaling("llama3", 32.0, 1.0, 4.0, 8192),
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+def test_scaled_frequencies_equal_their_formula_pair_by_pair(scaling):
+    expected = [frequency(i, 32, 5e5, scaling) for i in range(32)]
+    np.testing.assert_allclose(rotary_frequencies(64, 5e5, scaling), expected, rtol=1e-12)
+
+
+def test_llama3_keeps_high_frequencies_divides_low_ones_and_is_monotonic_between():
+    scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
+    plain, scaled = rotary_frequencies(64, 5e5), rotary_frequencies(64, 5e5, scaling)
+    turns = 64 * plain / (2 * np.pi)
+    assert (scaled[turns > 4] == plain[turns > 4]).all()
+    np.testing.assert_allclose(scaled[turns < 1], plain[turns < 1] / 8, rtol=1e-15)
+    between = (scaled / plain)[(turns > 1) & (turns < 4)]
+    assert len(between) >= 2
+    assert ((between > 1 / 8) & (between < 1)).all()
+    assert (np.diff(between) < 0).all()
+
+
+def test_linear_scaling_is_positions_closer_together():
+    x = np.random.default_rng(3).normal(size=(1, 4, 2, 8)).astype(np.float32)
+    positions = jnp.array([[0, 2, 4, 6]])
+    scaled = rotary(jnp.asarray(x), positions, THETA, RopeScaling("linear", 2.0))
+    np.testing.assert_allclose(scaled, rotary(jnp.asarray(x), positions // 2, THETA), atol=1e-6)
+
+
+def test_heads_are_normalised_one_by_one_and_in_float32():
+    heads = np.random.default_rng(4).normal(size=(2, 3, 4, 6))
+    gain = np.arange(1.0, 7.0)
+    length = np.sqrt((heads**2).mean(axis=-1, keepdims=True) + 0.1)
+    normalised = rms_norm(jnp.asarray(heads, jnp.float32), jnp.asarray(gain, jnp.float32), 0.1)
+    np.testing.assert_allclose(normalised, heads / length * gain, rtol=1e-5)
+    rough = rms_norm(jnp.asarray(heads, jnp.bfloat16), jnp.asarray(gain, jnp.float32), 0.1)
+    assert rough.dtype == jnp.bfloat16
+    np.testing.assert_allclose(rough.astype(np.float32), normalised, rtol=0.02)
 
 
 def test_the_mask_shows_earlier_tokens_of_the_same_document():

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aquila_jax import axes
+from aquila_jax import RopeScaling, axes
 from aquila_jax.nn import Transformer, forward, transformer
 from aquila_jax.nn.attention import causal_mask
 from aquila_jax.nn.losses import cross_entropy
@@ -14,6 +14,9 @@ from aquila_jax.nn.losses import cross_entropy
 MIXTURE = {"num_experts": 4, "experts_per_token": 2}
 FINE_GRAINED = {**MIXTURE, "expert_mlp_dim": 7, "shared_mlp_dim": 9}
 EVERY_SECOND = {**FINE_GRAINED, "num_layers": 4, "moe_every": 2}
+LINEAR = RopeScaling("linear", 3.0)
+# With a rotary base of 100 and heads of 6, one frequency is kept, one between, one divided.
+LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
 
 # The attention's softmax is float32 in every model, so float64 agrees only to its rounding.
 SOFTMAX_ROUNDING = 2e-6
@@ -37,6 +40,10 @@ SOFTMAX_ROUNDING = 2e-6
         {**MIXTURE, "num_layers": 4, "moe_every": 2},
         EVERY_SECOND,
         {**FINE_GRAINED, "num_layers": 6, "moe_every": 3, "tie_embeddings": True},
+        {"qk_norm": True, "rope_scaling": LINEAR},
+        {"qk_norm": True, "qkv_bias": False, "norm_eps": 0.1},
+        {**EVERY_SECOND, "qk_norm": True, "rope_scaling": LLAMA3},
+        {**EVERY_SECOND, "shared_expert_gate": True, "renormalize_gates": False},
     ],
     ids=str,
 )

@@ -4,13 +4,14 @@ Runs where torch and transformers are installed: `make test-parity`.
 """
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 
-from aquila_jax import load_hf, save_hf
-from aquila_jax.config import ModelConfig
+from aquila_jax import load_hf, save_hf, scale_out
+from aquila_jax.config import ModelConfig, RopeScaling
 from aquila_jax.interop import Directory
 from aquila_jax.interop.families import FAMILIES, family_of
 
@@ -32,6 +33,10 @@ DENSE = ModelConfig(
     rope_theta=100.0,
     qkv_bias=False,
 )
+FINE_GRAINED = {"num_experts": 5, "experts_per_token": 2, "expert_mlp_dim": 12}
+WEIGHED = {"shared_mlp_dim": 18, "shared_expert_gate": True}
+# Of the rotary frequencies of heads of 6, the first is kept and the others are changed.
+LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
 CONFIGS = {
     "llama": DENSE,
     "llama, tied, wide heads": dataclasses.replace(DENSE, head_dim=8, tie_embeddings=True),
@@ -43,8 +48,50 @@ CONFIGS = {
     "mixtral, wide heads": dataclasses.replace(
         DENSE, num_experts=5, experts_per_token=3, head_dim=8
     ),
+    "llama, linear": dataclasses.replace(DENSE, rope_scaling=RopeScaling("linear", 3.0)),
+    "llama, llama3": dataclasses.replace(DENSE, rope_scaling=LLAMA3),
+    "qwen2, llama3": dataclasses.replace(DENSE, qkv_bias=True, rope_scaling=LLAMA3),
+    "mixtral, linear": dataclasses.replace(
+        DENSE, num_experts=4, experts_per_token=2, rope_scaling=RopeScaling("linear", 2.0)
+    ),
+    "qwen3": dataclasses.replace(DENSE, qk_norm=True, norm_eps=1e-3, embed_dim=22),
+    "qwen3, tied, llama3": dataclasses.replace(
+        DENSE, qk_norm=True, tie_embeddings=True, head_dim=8, rope_scaling=LLAMA3
+    ),
+    "qwen3_moe": dataclasses.replace(DENSE, qk_norm=True, **FINE_GRAINED),
+    "qwen3_moe, every third, tied": dataclasses.replace(
+        DENSE, qk_norm=True, **FINE_GRAINED, moe_every=3, tie_embeddings=True, head_dim=8
+    ),
+    "qwen3_moe, plain gates, llama3": dataclasses.replace(
+        DENSE,
+        qk_norm=True,
+        **FINE_GRAINED,
+        num_layers=4,
+        moe_every=2,
+        renormalize_gates=False,
+        rope_scaling=LLAMA3,
+    ),
+    "qwen2_moe": dataclasses.replace(
+        DENSE, qkv_bias=True, **FINE_GRAINED, **WEIGHED, renormalize_gates=False
+    ),
+    "qwen2_moe, no biases": dataclasses.replace(DENSE, **FINE_GRAINED, **WEIGHED, moe_every=3),
 }
 TOKENS = np.random.default_rng(0).integers(DENSE.vocab_size, size=(3, 20))
+
+
+def their_rope(config: ModelConfig) -> dict[str, float | str]:
+    scaling = config.rope_scaling
+    rope = {"rope_type": "default" if scaling is None else scaling.kind}
+    rope |= {"rope_theta": config.rope_theta}
+    if scaling is not None:
+        rope |= {"factor": scaling.factor}
+    if scaling is not None and scaling.kind == "llama3":
+        rope |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_context_length,
+        }
+    return rope
 
 
 def their_config(config: ModelConfig, model_type: str):
@@ -59,14 +106,27 @@ def their_config(config: ModelConfig, model_type: str):
         "intermediate_size": config.mlp_dim,
         "max_position_embeddings": config.context_length,
         "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": their_rope(config),
         "tie_word_embeddings": config.tie_embeddings,
     }
     if model_type == "mistral":
         options["sliding_window"] = None
     if config.is_moe:
-        options |= {"num_local_experts": config.num_experts}
         options |= {"num_experts_per_tok": config.experts_per_token}
+    if model_type == "mixtral":
+        options |= {"num_local_experts": config.num_experts}
+    if model_type in ("qwen2_moe", "qwen3_moe"):
+        options |= {
+            "num_experts": config.num_experts,
+            "moe_intermediate_size": config.expert_mlp_dim,
+            "decoder_sparse_step": config.moe_every,
+            "norm_topk_prob": config.renormalize_gates,
+        }
+    if model_type == "qwen2_moe":
+        options |= {
+            "qkv_bias": config.qkv_bias,
+            "shared_expert_intermediate_size": config.shared_mlp_dim,
+        }
     return transformers.AutoConfig.for_model(model_type, **options)
 
 
@@ -112,6 +172,22 @@ def test_what_we_save_transformers_reads(tmp_path, random_params, model_logits, 
     np.testing.assert_allclose(ours, their_logits(model), rtol=0, atol=1e-4)
 
 
+def test_a_dense_qwen3_becomes_a_qwen3_moe_that_computes_the_same(tmp_path):
+    model = their_random_model(CONFIGS["qwen3, tied, llama3"], "qwen3")
+    model.save_pretrained(tmp_path / "dense")
+    params, config = load_hf(tmp_path / "dense")
+    grown = scale_out(
+        params, config, num_experts=4, granularity=2, moe_every=3, key=jax.random.key(0)
+    )
+    save_hf(grown.params, grown.config, tmp_path / "mixture", dtype="float32")
+    mixture = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "mixture", dtype=torch.float32
+    )
+    assert type(mixture).__name__ == "Qwen3MoeForCausalLM"
+    assert mixture.config.num_experts == 8
+    np.testing.assert_allclose(their_logits(mixture), their_logits(model), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_goes_through_transformers_unchanged(tmp_path, random_params, dtype):
     config = CONFIGS["qwen2, tied"]
@@ -124,9 +200,30 @@ def test_half_precision_goes_through_transformers_unchanged(tmp_path, random_par
     jax.tree.map(np.testing.assert_array_equal, first[0], second[0])
 
 
-def test_llama_with_biases_of_query_key_and_value_only(tmp_path, model_logits):
-    """Llama's attention_bias means four biases; we can say it while the fourth is zero."""
-    options = their_config(DENSE, "llama")
+@pytest.mark.parametrize("name", ["llama, linear", "qwen3, tied, llama3"])
+def test_rotary_scaling_in_the_old_words_is_read_as_transformers_reads_it(
+    tmp_path, random_params, model_logits, name
+):
+    config = CONFIGS[name]
+    save_hf(random_params(config), config, tmp_path / "model", dtype="float32")
+    values = json.loads((tmp_path / "model" / "config.json").read_text())
+    scaling = values["rope_scaling"]
+    scaling["type"] = scaling.pop("rope_type")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(values))
+    params, read = load_hf(tmp_path / "model")
+    assert read == config
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float32
+    )
+    ours = model_logits(config, params, jax.numpy.asarray(TOKENS))
+    np.testing.assert_allclose(ours, their_logits(model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "qwen3_moe"])
+def test_biases_of_query_key_and_value_only(tmp_path, model_logits, model_type):
+    """Their attention_bias means four biases; we can say it while the fourth is zero."""
+    without = CONFIGS[model_type]
+    options = their_config(without, model_type)
     options.attention_bias = True
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(options)
@@ -136,7 +233,7 @@ def test_llama_with_biases_of_query_key_and_value_only(tmp_path, model_logits):
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
     params, config = load_hf(tmp_path)
-    assert config == dataclasses.replace(DENSE, qkv_bias=True)
-    assert Directory(tmp_path).model_type == "llama"
+    assert config == dataclasses.replace(without, qkv_bias=True)
+    assert Directory(tmp_path).model_type == model_type
     ours = model_logits(config, params, jax.numpy.asarray(TOKENS))
     np.testing.assert_allclose(ours, their_logits(model), rtol=0, atol=1e-4)
