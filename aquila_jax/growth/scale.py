@@ -300,32 +300,11 @@ def scale_out(
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaleOut:
+class ScaleOut(Upcycling):
     """`scale_out` as a value; the mixture's shape is that of the run's model.
 
-    Attributes:
-        router_std: standard deviation of the routers (the paper prints 0.02 as a variance).
-        noise: standard deviation of noise on experts, in units of a freshly initialised matrix's;
-            not exact unless 0.
-        noise_fraction: share of the weights that get it.
-        redraw: share of every expert's hidden units that are drawn anew from their mean and
-            deviation (Drop-Upcycling, arXiv 2502.19261); not exact unless 0.
-        granularity: G, experts a copy of the MLP is cut into: E copies make G E experts, of which
-            a token visits G k (virtual groups, arXiv 2410.07524; exact).
-        compensate: multiply experts' outputs by E / k, for gates that are not renormalised.
-        spread_scale: spread that factor, and G, over gate, up and down as cube roots (arXiv
-            2410.07524) rather than give it to down alone; not exact.
-        seed: of the choice of redrawn units.
+    Its attributes are those of `Upcycling`.
     """
-
-    router_std: float = 0.02
-    noise: float = 0.0
-    noise_fraction: float = 1.0
-    redraw: float = 0.0
-    granularity: int = 1
-    compensate: bool = False
-    spread_scale: bool = False
-    seed: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("router_std", 0), ("noise", 0), ("granularity", 1)):
@@ -364,10 +343,9 @@ class ScaleOut:
             UserError: `source` is a mixture, or `target` differs from it in more than its experts.
         """
         self._check(source, target)
-        how = Upcycling(**dataclasses.asdict(self))
-        plan = upcycle_plan(source, target, how)
+        plan = upcycle_plan(source, target, self)
         check_plan(plan, source, target)
-        exact = is_upcycling_exact(target, how)
+        exact = is_upcycling_exact(target, self)
         certificate = certificate_of(
             plan, source, target, method="sparse_upcycling", depth="", exact=exact
         )

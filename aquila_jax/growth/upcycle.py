@@ -16,15 +16,18 @@ class Upcycling:
     """What may be chosen beside the mixture's shape.
 
     Attributes:
-        router_std: standard deviation of the routers' normal initialisation.
-        noise: standard deviation of noise on experts, in units of a fresh matrix's.
-        noise_fraction: share of the weights that get noise.
-        redraw: share of every expert's hidden units drawn anew (Drop-Upcycling's r).
-        granularity: G, experts that together hold one copy of the MLP.
-        compensate: whether outputs are multiplied by E / k for gates that are not renormalised.
-        spread_scale: whether that factor, and G, are spread over gate, up and down as their cube
-            roots, rather than given to down alone, which is exact.
-        seed: of the choice of units that are drawn anew.
+        router_std: standard deviation of the routers (the paper prints 0.02 as a variance).
+        noise: standard deviation of noise on experts, in units of a freshly initialised matrix's;
+            not exact unless 0.
+        noise_fraction: share of the weights that get it.
+        redraw: share of every expert's hidden units that are drawn anew from their mean and
+            deviation (Drop-Upcycling, arXiv 2502.19261); not exact unless 0.
+        granularity: G, experts a copy of the MLP is cut into: E copies make G E experts, of which
+            a token visits G k (virtual groups, arXiv 2410.07524; exact).
+        compensate: multiply experts' outputs by E / k, for gates that are not renormalised.
+        spread_scale: spread that factor, and G, over gate, up and down as cube roots (arXiv
+            2410.07524) rather than give it to down alone; not exact.
+        seed: of the choice of redrawn units.
     """
 
     router_std: float = 0.02
