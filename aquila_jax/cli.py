@@ -2,6 +2,7 @@
 
     aquila train --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [--dry_run]
     aquila grow --from DIR --to DIR [--gin_file=GROWTH] [--gin.target.FIELD=VALUE ...]
+    aquila convert --from MODEL --to DIR [--to_checkpoint]
 
 A gin file describes one `TrainRun`; see `gin_configs/`. Exit codes: 0 done, 2 a mistake in what
 was asked for (one line says which), 128 + n stopped by signal n after saving.
@@ -69,11 +70,41 @@ def _parser() -> argparse.ArgumentParser:
         _add_gin_flags(command, is_required=name != "grow")
         if name == "grow":
             _add_disk_flags(command)
+    _add_convert(commands)
     report = commands.add_parser("report", help="table, figure and page of one or more runs")
     report.set_defaults(run_command=_report)
     report.add_argument("model_dirs", nargs="+", metavar="MODEL_DIR", help="runs, oldest first")
     report.add_argument("--out", required=True, help="directory of report.png and report.html")
     return parser
+
+
+def _add_convert(commands: Any) -> None:
+    summary = "write a model in another format: Hugging Face, or a MODEL_DIR to train from"
+    command = commands.add_parser("convert", help=summary, description=summary, allow_abbrev=False)
+    command.set_defaults(run_command=_convert)
+    command.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="MODEL",
+        help="a Hugging Face directory, a GGUF file or a MODEL_DIR",
+    )
+    command.add_argument(
+        "--to", dest="target", required=True, metavar="DIR", help="the directory to make"
+    )
+    command.add_argument(
+        "--to_checkpoint",
+        action="store_true",
+        help="make a MODEL_DIR for TrainRun.init_from; its parameters are float32",
+    )
+    command.add_argument("--dtype", help="float32, bfloat16 or float16; the source's by default")
+    command.add_argument(
+        "--max_shard_bytes",
+        type=int,
+        metavar="N",
+        help="of the tensors of one file; 5e9 by default",
+    )
+    command.epilog = "example: aquila convert --from runs/16b --to 16b-hf --dtype bfloat16"
 
 
 def _add_disk_flags(command: argparse.ArgumentParser) -> None:
@@ -163,13 +194,64 @@ def _grow_files(arguments: argparse.Namespace, bindings: list[str]) -> int:
 
 def _open_model(path: Path) -> Any:
     """A MODEL_DIR or a Hugging Face directory, to be read by slices."""
-    if (path / "checkpoints").is_dir():
+    if _is_model_dir(path):
         from aquila_jax.training.leaves import SavedLeaves  # Orbax costs seconds
 
         return SavedLeaves(path)
     from aquila_jax.interop import Directory
 
     return Directory(path)
+
+
+def _convert(arguments: argparse.Namespace, bindings: list[str]) -> int:
+    _refuse_bindings("convert", bindings)
+    if arguments.to_checkpoint:
+        return _convert_to_checkpoint(arguments)
+    from aquila_jax.interop.converting import convert_files
+
+    source = Path(arguments.source)
+    options = {"max_shard_bytes": arguments.max_shard_bytes, "dtype": arguments.dtype}
+    with _byte_bar(Path(arguments.target).name) as progress:
+        config = convert_files(
+            _open_model(source) if _is_model_dir(source) else source,
+            arguments.target,
+            progress=progress,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+    print(f"{_num_parameters(config)}; {arguments.target}")
+    return 0
+
+
+def _convert_to_checkpoint(arguments: argparse.Namespace) -> int:
+    if arguments.dtype not in (None, "float32") or arguments.max_shard_bytes is not None:
+        raise UserError(
+            "a MODEL_DIR's parameters are float32, in files of Orbax's choice: leave --dtype and "
+            "--max_shard_bytes out with --to_checkpoint"
+        )
+    if _is_model_dir(Path(arguments.source)):
+        raise UserError(f"{arguments.source} is a MODEL_DIR already: name it in TrainRun.init_from")
+    from aquila_jax.interop.converting import load_any
+    from aquila_jax.training.importing import save_as_parent
+
+    params, config = load_any(arguments.source, dtype="float32")
+    save_as_parent(params, config, arguments.target)
+    print(f"{_num_parameters(config)}; --gin.INIT_FROM=\"'{arguments.target}'\"")
+    return 0
+
+
+def _num_parameters(config: "ModelConfig") -> str:
+    from aquila_jax import accounting
+
+    return f"{accounting.num_parameters(config):,} parameters"
+
+
+def _is_model_dir(path: Path) -> bool:
+    return (path / "checkpoints").is_dir()
+
+
+def _refuse_bindings(command: str, bindings: Sequence[str]) -> None:
+    if bindings:
+        raise UserError(f"{command} takes no gin bindings, but got {', '.join(bindings)}")
 
 
 # Exact at any size, so a mistake in it is seen at once.
@@ -220,8 +302,7 @@ def _evaluate(arguments: argparse.Namespace, bindings: list[str]) -> int:
 def _report(arguments: argparse.Namespace, bindings: list[str]) -> int:
     from aquila_jax.reports import write_report
 
-    if bindings:
-        raise UserError(f"report takes no gin bindings, but got {bindings}")
+    _refuse_bindings("report", bindings)
     paths = write_report([Path(path) for path in arguments.model_dirs], Path(arguments.out))
     print(paths.table)
     print(f"\nfigure: {paths.png}\nreport: {paths.html}")

@@ -63,13 +63,29 @@ class Checkpoints:
         step = int(state.step)
         if self.latest_step == step:
             return
-        items = ocp.args.Composite(
+        self._save(
+            step,
             params=ocp.args.StandardSave(state.params),
             opt_state=ocp.args.StandardSave(state.opt_state),
             meta=ocp.args.JsonSave(meta),
         )
+
+    def save_params(self, params: Any, meta: dict[str, Any]) -> None:
+        """Write a checkpoint for step 0 that has parameters and no optimizer state.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        arguments = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta)}
+        self._save(0, **arguments)
+
+    def has_optimizer_state(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is of a run, not of a converted model."""
+        return (self._directory / str(step) / "opt_state").exists()
+
+    def _save(self, step: int, **items: Any) -> None:
         try:
-            self._manager.save(step, args=items, force=True)
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except (OSError, ValueError, RuntimeError) as error:
             if not _is_of_the_disk(error):
                 raise

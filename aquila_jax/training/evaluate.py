@@ -1,5 +1,7 @@
 """Validation of a run's newest checkpoint, without training."""
 
+import sys
+
 from aquila_jax.config import ModelConfig
 from aquila_jax.evaluation.perplexity import make_eval_step, validation_losses
 from aquila_jax.training.checkpoints import open_existing
@@ -19,7 +21,9 @@ def evaluate(run: TrainRun) -> dict[str, float]:
         run.check_own(ModelConfig.from_dict(meta["config"]))
         model, layout = model_on_mesh(run)
         run.data.prepare()
-        check_vocabulary(run.data, meta, run.model_dir)
+        unchecked = check_vocabulary(run.data, meta["data"]["vocabulary"], run.model_dir)
+        if unchecked:
+            print(unchecked, file=sys.stderr)
         params = checkpoints.restore_params(step, abstract_params(run.model, layout))
     batches = {
         language: [place_batch(batch, layout) for batch in batches]

@@ -61,13 +61,25 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Ledger:
-    """The stages of a lineage, oldest first; the last is the current run."""
+    """The stages of a lineage, oldest first; the last is the current run.
+
+    A converted model has none: what it cost is not known.
+    """
 
     stages: tuple[Stage, ...]
 
     @property
     def current(self) -> Stage:
-        """The stage of the current run."""
+        """The stage of the current run.
+
+        Raises:
+            UserError: nothing was trained yet: the model was converted.
+        """
+        if not self.stages:
+            raise UserError(
+                "this MODEL_DIR holds a converted model and no run: name it in TrainRun.init_from, "
+                "and train in another MODEL_DIR"
+            )
         return self.stages[-1]
 
     @property

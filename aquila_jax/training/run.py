@@ -18,9 +18,11 @@ from aquila_jax.growth.optimizer_state import check_policy
 from aquila_jax.nn import Transformer
 from aquila_jax.nn.transformer import REMAT_POLICIES
 from aquila_jax.sharding import Layout, MeshShape
+from aquila_jax.training.assignment import Assignment, assign, check_map
 from aquila_jax.training.checkpoints import CHECKPOINT_DIR, open_existing
 from aquila_jax.training.ledger import Ledger, steps_for_flops
 from aquila_jax.training.optimizer import AdamW
+from aquila_jax.training.parent import is_there, open_parent, refuse_moments
 from aquila_jax.training.step import (
     RouterLosses,
     TrainState,
@@ -82,9 +84,16 @@ class TrainRun:
         steps: updates to make; 0 takes them from `match_flops_of`.
         match_flops_of: another MODEL_DIR whose lineage's FLOPs this run spends too.
         name: what reports call the stage.
-        init_from: MODEL_DIR whose newest checkpoint gives the first parameters; "" for scratch.
+        init_from: what gives the first parameters: a MODEL_DIR (its newest checkpoint), a Hugging
+            Face directory or a GGUF file; "" for scratch.
         init_from_model: the architecture expected there; checked before it exists.
         growth: how parameters of `init_from` become those of `model`; None takes them as they are.
+        assignment_map: for an `init_from` that is nearly the model: pairs of a regular expression
+            on a leaf's whole path and the path of `init_from` to read it from, or None to
+            initialise it; see `aquila_jax.training.assignment.assign`. With a growth, the model
+            is `init_from_model`, where that is set.
+        allow_missing: whether leaves that `init_from` lacks are initialised and leaves that
+            nothing uses are left, without being named in `assignment_map`.
         optimizer_state: what a growth makes of the parent's moments: "reset", "map" or
             "keep_old_zero_new" (`aquila_jax.growth.optimizer_state`). The schedule starts anew
             over this run's steps either way; Adam's count of updates, which its bias correction
@@ -112,6 +121,8 @@ class TrainRun:
     init_from: str = ""
     init_from_model: ModelConfig | None = None
     growth: ScaleUp | ScaleOut | None = None
+    assignment_map: tuple[tuple[str, str | None], ...] = ()
+    allow_missing: bool = False
     optimizer_state: str = "reset"
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
     sharding_rules: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -153,7 +164,22 @@ class TrainRun:
         self._check_data()
         if self.growth is not None and not self.init_from:
             raise UserError(f"{self.growth} grows nothing: set init_from to the parent's MODEL_DIR")
-        if self.init_from_model is not None:
+        self._check_restore()
+
+    def _check_restore(self) -> None:
+        check_map(self.assignment_map)
+        if self._is_assigned and not self.init_from:
+            raise UserError("assignment_map and allow_missing read nothing: set init_from")
+        if self._is_assigned and self.growth is not None and self.optimizer_state != "reset":
+            raise UserError(
+                f"optimizer_state {self.optimizer_state!r} grows moments leaf by leaf, which "
+                "assignment_map and allow_missing do not map: set optimizer_state to 'reset'"
+            )
+        if self.init_from_model is None:
+            return
+        if self._is_assigned and self.growth is not None:
+            self.growth.plan(self.init_from_model, self.model)
+        else:
             self.check_parent(self.init_from_model)
 
     def _check_data(self) -> None:
@@ -179,19 +205,37 @@ class TrainRun:
         tokens = self.data.batch_size * self.data.sequence_length
         return tokens * accounting.training_flops_per_token(self.model, self.data.sequence_length)
 
-    def check_parent(self, parent: ModelConfig) -> None:
-        """`parent` can become `model` by `growth`.
+    @property
+    def _is_assigned(self) -> bool:
+        return bool(self.assignment_map) or self.allow_missing
+
+    def wanted_of(self, parent: ModelConfig) -> ModelConfig:
+        """What `parent` is read as: the model, or, before a growth, the model that grows."""
+        return self.model if self.growth is None else self.init_from_model or parent
+
+    def check_parent(self, parent: ModelConfig) -> Assignment | None:
+        """`parent` can become `model` by `assignment_map` and `growth`.
+
+        Returns:
+            Where leaves come from; None where every leaf is its own.
 
         Raises:
             UserError: it cannot.
         """
+        wanted, assignment = parent, None
+        if self._is_assigned:
+            wanted = self.wanted_of(parent)
+            assignment = assign(
+                wanted, parent, self.assignment_map, allow_missing=self.allow_missing
+            )
         if self.growth is not None:
-            self.growth.plan(parent, self.model)
-        elif parent != self.model:
+            self.growth.plan(wanted, self.model)
+        elif wanted != self.model:
             raise UserError(
                 f"{self.init_from} holds another model: {differences(parent, self.model)}; set "
-                "growth to scale it up or out"
+                "growth to scale it up or out, or assignment_map to say which leaf is which"
             )
+        return assignment
 
     def check_own(self, saved: ModelConfig) -> None:
         """A checkpoint of MODEL_DIR holds `model`.
@@ -325,12 +369,13 @@ def check(run: TrainRun) -> list[str]:
         UserError: something does not fit.
     """
     notes = []
-    if run.init_from and not (Path(run.init_from) / CHECKPOINT_DIR).is_dir():
+    if run.init_from and not is_there(Path(run.init_from)):
         notes.append(f"init_from {run.init_from} does not exist yet: its model was not read")
     elif run.init_from:
-        with open_existing(Path(run.init_from)) as checkpoints:
-            meta = checkpoints.read_meta(checkpoints.latest_step or 0)
-        run.check_parent(ModelConfig.from_dict(meta["config"]))
+        with open_parent(Path(run.init_from)) as parent:
+            run.check_parent(parent.config)
+            if run.growth is not None:
+                refuse_moments(parent, run.optimizer_state)
     steps = run.steps
     if not steps and (Path(run.match_flops_of) / CHECKPOINT_DIR).is_dir():
         steps = run.resolve_steps()

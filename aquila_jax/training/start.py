@@ -1,7 +1,6 @@
 """How a run begins: t5x's restart order, with growth applied exactly once."""
 
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +17,17 @@ from aquila_jax.files import write_json
 from aquila_jax.growth import Certificate, GrowthResult, apply_plan
 from aquila_jax.growth.compose import Plan
 from aquila_jax.growth.optimizer_state import grow_moments
-from aquila_jax.training.checkpoints import Checkpoints, open_existing
+from aquila_jax.training.checkpoints import Checkpoints
 from aquila_jax.training.ledger import Ledger, Stage
-from aquila_jax.training.run import Compiled, Data, TrainRun, abstract_params, placed
+from aquila_jax.training.parent import Parent, open_parent, refuse_moments, restore_assigned
+from aquila_jax.training.run import (
+    Compiled,
+    Data,
+    TrainRun,
+    abstract_params,
+    differences,
+    placed,
+)
 from aquila_jax.training.step import TrainState, new_state, state_shardings
 
 CERTIFICATE_FILE = "certificate.json"
@@ -72,7 +79,7 @@ def _resume(run: TrainRun, compiled: Compiled, checkpoints: Checkpoints, steps: 
     step = checkpoints.latest_step or 0
     meta = checkpoints.read_meta(step)
     run.check_own(ModelConfig.from_dict(meta["config"]))
-    check_vocabulary(run.data, meta, run.model_dir)
+    check_vocabulary(run.data, meta["data"]["vocabulary"], run.model_dir)
     state = checkpoints.restore_state(step, compiled.abstract)
     reason = f"resumed from step {step} in {run.model_dir}"
     ledger = Ledger.from_dict(meta["ledger"])
@@ -86,34 +93,52 @@ def _resume(run: TrainRun, compiled: Compiled, checkpoints: Checkpoints, steps: 
     return Start(state, ledger.update(planned_steps=steps), reason, is_new=False)
 
 
-def check_vocabulary(data: Data, meta: Mapping[str, Any], model_dir: str) -> None:
-    """The checkpoint that `meta` describes was trained on the same token ids.
+def check_vocabulary(data: Data, saved: str | None, where: str) -> str:
+    """A checkpoint was trained on the same token ids.
+
+    Args:
+        data: what is to be read now.
+        saved: the digest of the checkpoint's tokenizer; None where it is not known.
+        where: the checkpoint, for messages.
+
+    Returns:
+        "", or the words that this could not be checked.
 
     Raises:
         UserError: its tokenizer was another one.
     """
-    saved, given = meta["data"]["vocabulary"], data.identity()["vocabulary"]
+    given = data.identity()["vocabulary"]
+    if saved is None:
+        return (
+            f"the tokenizer of {where} is not known, so it was not checked that ids mean the same"
+        )
     if saved != given:
         raise UserError(
-            f"{model_dir} was trained with another tokenizer (digest {saved}, now {given}): its "
+            f"{where} was trained with another tokenizer (digest {saved}, now {given}): its "
             "embeddings mean other tokens; use the tokenizer it was trained with"
         )
+    return ""
 
 
 def _from_parent(run: TrainRun, compiled: Compiled, steps: int) -> Start:
-    with open_existing(Path(run.init_from)) as parent:
-        parent_step = parent.latest_step or 0
-        meta = parent.read_meta(parent_step)
-        source = ModelConfig.from_dict(meta["config"])
-        run.check_parent(source)
-        check_vocabulary(run.data, meta, run.init_from)
-        abstract = abstract_params(source, compiled.layout)
+    with open_parent(Path(run.init_from)) as parent:
+        assignment = run.check_parent(parent.config)
+        source = parent.config if assignment is None else run.wanted_of(parent.config)
+        unchecked = check_vocabulary(run.data, parent.vocabulary, run.init_from)
+        abstract = abstract_params(parent.config, compiled.layout)
         adam = None
-        if run.optimizer_state == "reset" or run.growth is None:
-            params = parent.restore_params(parent_step, abstract)
+        if assignment is not None:
+            key = jax.random.key(run.seed)
+            params = restore_assigned(parent, assignment, source, compiled.layout, abstract, key)
+        elif run.optimizer_state == "reset" or run.growth is None:
+            params = parent.restore(abstract)
         else:
-            params, adam = _with_moments(run, compiled, parent, abstract, source)
-    reason = f"from step {parent_step} of {run.init_from}"
+            params, adam = _with_moments(run, compiled, parent, abstract)
+    reason = f"from {parent.where}"
+    if assignment is not None:
+        reason += (
+            f" ({'; '.join(filter(None, [differences(parent.config, source), str(assignment)]))})"
+        )
     origin, method = "restored", ""
     if run.growth is not None:
         plan, certificate = run.growth.plan(source, run.model)
@@ -131,26 +156,27 @@ def _from_parent(run: TrainRun, compiled: Compiled, steps: int) -> Start:
         origin, method = run.growth.kind, certificate.method
         kept = "exact" if certificate.exact else "not exact"
         reason += f", grown by {method} ({kept})"
-    ledger = Ledger.from_dict(meta["ledger"]).begin(
-        Stage(run.name, origin, method, run.model, steps)
-    )
+    ledger = parent.ledger.begin(Stage(run.name, origin, method, run.model, steps))
     state = _state(compiled, params)
     if adam is not None:
         state = state._replace(opt_state=_replace_adam(state.opt_state, adam))
         reason += f", moments by {run.optimizer_state}"
+    if unchecked:
+        reason += f"; {unchecked}"
     return Start(state, ledger, reason, is_new=True)
 
 
 def _with_moments(
-    run: TrainRun, compiled: Compiled, parent: Checkpoints, abstract: Any, source: ModelConfig
+    run: TrainRun, compiled: Compiled, parent: Parent, abstract: Any
 ) -> tuple[Any, optax.ScaleByAdamState]:
     """The parent's parameters and Adam's state, read as this run's optimizer would hold them."""
-    step = parent.latest_step or 0
+    refuse_moments(parent, run.optimizer_state)
+    assert parent.checkpoints is not None
     # Of any length: a schedule's state is its count.
-    optimizer = run.optimizer.build(10**6, axes.parameters(source))
+    optimizer = run.optimizer.build(10**6, axes.parameters(parent.config))
     shapes = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), abstract)
-    shardings = state_shardings(shapes, compiled.layout, source)
-    state = parent.restore_state(step, placed(shapes, shardings))
+    shardings = state_shardings(shapes, compiled.layout, parent.config)
+    state = parent.checkpoints.restore_state(parent.step, placed(shapes, shardings))
     (adam,) = _adam_states(state.opt_state)
     return state.params, adam
 
