@@ -1,0 +1,87 @@
+import io
+import json
+
+import pytest
+import sentencepiece
+
+from aquila_jax.data.pretrained_tokenizer import open_tokenizer
+from aquila_jax.errors import UserError
+
+LINES = [
+    "the model grows and the loss stays",
+    "模型长大了，损失不变",
+    "def f(x): return x + 1",
+] * 20
+ADDED = "<|im_end|>"
+
+
+@pytest.fixture(scope="module")
+def model_bytes():
+    """A model in the form of Llama 2's: unknown, begin, end; a space before the text."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(LINES),
+        model_writer=model,
+        vocab_size=330,
+        model_type="bpe",
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        byte_fallback=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+@pytest.fixture
+def llama(tmp_path, model_bytes):
+    (tmp_path / "tokenizer.model").write_bytes(model_bytes)
+    return tmp_path
+
+
+@pytest.mark.parametrize("text", ["", *LINES[:3], "🦅 eagle", "  two spaces", "a\nb"])
+def test_plain_text_has_the_models_own_ids_and_comes_back(llama, model_bytes, text):
+    plain = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+    tokenizer = open_tokenizer(llama)
+    assert tokenizer.encode(text) == plain.EncodeAsIds(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_special_tokens_in_a_text_are_one_id_each(llama):
+    config = {"eos_token": ADDED, "added_tokens_decoder": {"330": {"content": ADDED}}}
+    (llama / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = open_tokenizer(llama)
+    assert (tokenizer.num_ids, tokenizer.eos_id, tokenizer.bos_id) == (331, 330, 1)
+    assert tokenizer.pad_id == tokenizer.eos_id
+    ids = tokenizer.encode(f"<s>the model{ADDED}the loss</s>")
+    assert [i for i in ids if i in (1, 2, 330)] == [1, 330, 2]
+    assert tokenizer.decode(ids) == f"<s>the model{ADDED}the loss</s>"
+
+
+def test_the_digest_tells_what_ids_mean(llama):
+    before = open_tokenizer(llama).digest
+    assert open_tokenizer(llama / "tokenizer.model").digest == before
+    (llama / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<s>"}))
+    assert open_tokenizer(llama).digest != before
+
+
+def test_what_is_no_tokenizer_is_refused(llama, tmp_path):
+    with pytest.raises(UserError, match="no tokenizer at"):
+        open_tokenizer(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="of sentencepiece models none"):
+        open_tokenizer(tmp_path / "empty")
+    config = llama / "tokenizer_config.json"
+    config.write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        open_tokenizer(llama)
+    config.write_text(json.dumps({"added_tokens_decoder": {"400": {"content": ADDED}}}))
+    with pytest.raises(UserError, match="adds ids"):
+        open_tokenizer(llama)
+    config.unlink()
+    (llama / "tokenizer.model").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="no sentencepiece model"):
+        open_tokenizer(llama)
