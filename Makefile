@@ -15,6 +15,8 @@ RUNS := runs/demo
 # Compiled bytecode makes every later start seconds faster.
 export PYTHONDONTWRITEBYTECODE :=
 export JAX_PLATFORMS ?= cpu
+# libtpu, which compiles for TPUs that are elsewhere, would ask a metadata server about this machine.
+export TPU_SKIP_MDS_QUERY ?= 1
 # A stage that is resumed, and a control of the same shape, need not compile again.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 
@@ -85,7 +87,7 @@ lock: $(VENV)/installed ## resolve the dependencies anew
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade requirements/bootstrap.in -o requirements/bootstrap.lock
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --no-deps requirements/text.in -o requirements/text.lock
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --no-deps requirements/models.in -o requirements/models.lock
-	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --override requirements/overrides.txt --extra data --extra gguf --extra dev pyproject.toml -o requirements.lock
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --override requirements/overrides.txt --extra data --extra gguf --extra tpu --extra dev pyproject.toml -o requirements.lock
 
 clean: ## remove the environments, the text, the model and the demonstration's runs
 	rm -rf $(VENV) $(PARITY) $(TEXT_DIR) $(MODELS_DIR) $(RUNS)

@@ -16,7 +16,7 @@ from aquila_jax.errors import UserError
 
 if TYPE_CHECKING:
     import sentencepiece
-    import tokenizers  # pyright: ignore[reportMissingImports]
+    import tokenizers
 
 JSON_FILE = "tokenizer.json"
 _MODEL_FILE = "tokenizer.model"
@@ -130,10 +130,10 @@ class JsonTokenizer:
 
     def __init__(self, file: Path, content: bytes, said: Mapping[str, Mapping[str, Any]]) -> None:
         try:
-            import tokenizers  # pyright: ignore[reportMissingImports]
+            import tokenizers
         except ImportError as error:
             raise UserError(
-                f"reading {file} needs the tokenizers package: pip install tokenizers"
+                f"reading {file} needs the tokenizers package: pip install aquila-jax[data]"
             ) from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
@@ -275,7 +275,7 @@ def _checked_end(file: Path, said: int | None, by_name: Sequence[int]) -> int:
 
 def _add_tokens(file: Path, tokenizer: "tokenizers.Tokenizer", config: Mapping[str, Any]) -> None:
     """Tokens that only the configuration beside a tokenizer.json lists."""
-    import tokenizers  # pyright: ignore[reportMissingImports]
+    import tokenizers
 
     listed = config.get("added_tokens_decoder") or {}
     for number, entry in sorted(listed.items(), key=lambda item: int(item[0])):
