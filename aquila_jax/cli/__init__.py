@@ -1,0 +1,58 @@
+"""The command line: one module for each command, which says its flags and hands over.
+
+    aquila train --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [--dry_run]
+    aquila grow --from DIR --to DIR [--gin_file=GROWTH] [--gin.target.FIELD=VALUE ...]
+    aquila convert --from MODEL --to DIR [--to_checkpoint]
+
+A gin file describes one `TrainRun`; see `gin_configs/`. Exit codes: 0 done, 2 a mistake in what
+was asked for (one line says which), 128 + n stopped by signal n after saving.
+"""
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+
+from aquila_jax.cli import convert, evaluate, grow, report, train
+from aquila_jax.errors import UserError
+
+# In the order in which `aquila --help` lists them. A command's module has `add_to(commands)`, and
+# imports what costs time only when the command runs.
+COMMANDS = (train, grow, evaluate, convert, report)
+
+_GIN_FLAG = "--gin."
+_USER_MISTAKE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the console script `aquila`."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    bindings = [flag.removeprefix(_GIN_FLAG) for flag in rest if flag.startswith(_GIN_FLAG)]
+    if unknown := [flag for flag in rest if not flag.startswith(_GIN_FLAG)]:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    # Orbax tells of every file it writes; a run tells of its checkpoints itself.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        return arguments.run_command(arguments, bindings)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _USER_MISTAKE
+    except KeyboardInterrupt:
+        # Between steps the loop stops by itself; this is start-up, with nothing to save.
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="aquila",
+        description="Grow pretrained language models and keep training them.",
+        epilog="example: aquila train --gin_file=gin_configs/runs/demo/1_dense.gin --dry_run",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_to(commands)
+    return parser

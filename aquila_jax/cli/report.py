@@ -1,0 +1,25 @@
+"""`aquila report`: table, figure and page of one or more runs."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from aquila_jax.cli.command import add_command, refuse_bindings
+
+
+def add_to(commands: Any) -> None:
+    """Declare the command."""
+    summary = "table, figure and page of one or more runs"
+    command = add_command(commands, "report", _report, summary)
+    command.add_argument("model_dirs", nargs="+", metavar="MODEL_DIR", help="runs, oldest first")
+    command.add_argument("--out", required=True, help="directory of report.png and report.html")
+
+
+def _report(arguments: argparse.Namespace, bindings: list[str]) -> int:
+    from aquila_jax.reports import write_report
+
+    refuse_bindings("report", bindings)
+    paths = write_report([Path(path) for path in arguments.model_dirs], Path(arguments.out))
+    print(paths.table)
+    print(f"\nfigure: {paths.png}\nreport: {paths.html}")
+    return 0

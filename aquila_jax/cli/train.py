@@ -1,0 +1,19 @@
+"""`aquila train`: one stage, from wherever its MODEL_DIR stands."""
+
+import argparse
+from typing import Any
+
+from aquila_jax.cli.command import add_command
+from aquila_jax.cli.gin_files import add_gin_flags, with_run
+
+
+def add_to(commands: Any) -> None:
+    """Declare the command."""
+    summary = "train one stage, from wherever its MODEL_DIR stands"
+    add_gin_flags(add_command(commands, "train", _train, summary), is_required=True)
+
+
+def _train(arguments: argparse.Namespace, bindings: list[str]) -> int:
+    from aquila_jax.training import train
+
+    return with_run(arguments, bindings, train)
