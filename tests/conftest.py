@@ -28,7 +28,9 @@ import numpy as np
 import pytest
 
 # Shapes in annotations are checked at run time, in tests only. Before anything imports these.
-jaxtyping.install_import_hook(["aquila_jax.nn", "aquila_jax.growth"], "beartype.beartype")
+jaxtyping.install_import_hook(
+    ["aquila_jax.nn", "aquila_jax.growth", "aquila_jax.kernels"], "beartype.beartype"
+)
 jax.config.update("jax_default_matmul_precision", "highest")
 
 

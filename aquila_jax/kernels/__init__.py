@@ -1,0 +1,20 @@
+"""What a mixture does around its matrix products, without a sort.
+
+    routed = route(logits_NE, is_token_N, experts_per_token=2, renormalize=True)
+    rows_MD = permute(x_ND, routed.slots_Nk)             # M = N k rows, in expert order
+    rows_MD = ...                                        # experts, groups of routed.counts_E rows
+    y_ND = unpermute(rows_MD, routed.slots_Nk, routed.gates_Nk)
+
+Each is a readable reference in plain JAX and a Pallas TPU kernel behind one differentiable
+function; `backend=` chooses, see `Backend`. Inside `shard_map` they act on the shard.
+
+Other places than `route`'s serve as well: `permute(..., num_rows=M)` takes any slots, leaves rows
+without a pair zero and drops pairs whose slot is not in [0, M), which `unpermute` counts as zero:
+fixed slots per expert, groups padded to tiles, and dropped tokens are spelt like this.
+"""
+
+from aquila_jax.kernels.backend import Backend
+from aquila_jax.kernels.permute import permute, unpermute
+from aquila_jax.kernels.route import Routed, Scores, route
+
+__all__ = ["Backend", "Routed", "Scores", "permute", "route", "unpermute"]

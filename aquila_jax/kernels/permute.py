@@ -1,0 +1,169 @@
+"""Permute: tokens' rows into expert order; unpermute: the weighted combine back."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from aquila_jax.errors import UserError
+from aquila_jax.kernels.backend import Backend, check
+
+
+def permute(
+    x_ND: Float[Array, "N D"],
+    slots_Nk: Int[Array, "N k"],
+    *,
+    num_rows: int | None = None,
+    backend: Backend = "auto",
+) -> Float[Array, "M D"]:
+    """Row `slots_Nk[n, j]` of the result is token n: gathered, not multiplied.
+
+    Differentiable by `x_ND`; the gradient of a token is the sum over its rows.
+
+    Args:
+        x_ND: tokens, bfloat16 or float32.
+        slots_Nk: int32 places of the pairs (token, choice), each place at most once. A pair whose
+            place is not in [0, M) has no row: it is dropped.
+        num_rows: M. None says that the slots are a permutation of 0 .. N k - 1; otherwise rows
+            that no pair has are zero.
+        backend: see `aquila_jax.kernels.backend.Backend`.
+
+    Raises:
+        UserError: M is negative, or there is no such backend.
+    """
+    if num_rows is not None and num_rows < 0:
+        raise UserError(f"num_rows must not be negative, not {num_rows}")
+    check(backend)
+    return _permute(num_rows, backend, x_ND, slots_Nk)
+
+
+def unpermute(
+    rows_MD: Float[Array, "M D"],
+    slots_Nk: Int[Array, "N k"],
+    gates_Nk: Float[Array, "N k"],
+    *,
+    backend: Backend = "auto",
+) -> Float[Array, "N D"]:
+    """Token n is the sum over j of `gates_Nk[n, j] * rows_MD[slots_Nk[n, j]]`.
+
+    The products and their sum are float32, in the order of j; the result is in the dtype of the
+    rows. Differentiable by rows and gates. Rows that no pair has are never read.
+
+    Args:
+        rows_MD: rows in expert order, bfloat16 or float32.
+        slots_Nk: int32 places of the pairs, each at most once. A place that is not in [0, M) adds
+            nothing, and its gate has no gradient.
+        gates_Nk: float32 weights.
+        backend: see `aquila_jax.kernels.backend.Backend`.
+
+    Raises:
+        UserError: there is no such backend.
+    """
+    check(backend)
+    return _unpermute(backend, rows_MD, slots_Nk, gates_Nk)
+
+
+def permute_reference(x_ND: jax.Array, slots_Nk: jax.Array, num_rows: int | None) -> jax.Array:
+    """`permute` in plain JAX: the inverse of the slots, then a gather."""
+    num_rows = slots_Nk.size if num_rows is None else num_rows
+    tokens_N1 = jnp.arange(x_ND.shape[0], dtype=jnp.int32)[:, None]
+    token_M = jnp.full(num_rows, x_ND.shape[0], jnp.int32)
+    # Indices below zero would count from the end; no index at or past it counts.
+    slots_Nk = jnp.where(slots_Nk < 0, num_rows, slots_Nk)
+    token_M = token_M.at[slots_Nk].set(tokens_N1, mode="drop", unique_indices=True)
+    return _taken(x_ND, token_M)
+
+
+def unpermute_reference(
+    rows_MD: jax.Array, slots_Nk: jax.Array, gates_Nk: jax.Array | None
+) -> jax.Array:
+    """`unpermute` in plain JAX, one choice after the other; without gates, the plain sum."""
+    wide = jnp.promote_types(rows_MD.dtype, jnp.float32)
+    out_ND = jnp.zeros((slots_Nk.shape[0], rows_MD.shape[1]), wide)
+    for choice in range(slots_Nk.shape[1]):
+        taken_ND = _rows_of(rows_MD, slots_Nk[:, choice]).astype(wide)
+        out_ND += taken_ND if gates_Nk is None else gates_Nk[:, choice, None] * taken_ND
+    return out_ND.astype(rows_MD.dtype)
+
+
+def unpermute_backward_reference(
+    rows_MD: jax.Array, slots_Nk: jax.Array, gates_Nk: jax.Array, gradient_ND: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of `unpermute` by rows and gates, from that of its result."""
+    num_tokens, num_choices = slots_Nk.shape
+    num_rows = rows_MD.shape[0]
+    wide = jnp.promote_types(rows_MD.dtype, jnp.float32)
+    slots_Nk = jnp.where(slots_Nk < 0, num_rows, slots_Nk)
+    pair_M = jnp.full(num_rows, slots_Nk.size, jnp.int32)
+    pairs_Nk = jnp.arange(slots_Nk.size, dtype=jnp.int32).reshape(num_tokens, num_choices)
+    pair_M = pair_M.at[slots_Nk].set(pairs_Nk, mode="drop", unique_indices=True)
+    gates_M = gates_Nk.reshape(-1).at[pair_M].get(mode="fill", fill_value=0)
+    taken_MD = _taken(gradient_ND, pair_M // num_choices)
+    rows_gradient_MD = (gates_M[:, None] * taken_MD.astype(wide)).astype(rows_MD.dtype)
+    gates_gradient_Nk = [
+        jnp.sum(gradient_ND.astype(wide) * _rows_of(rows_MD, slots_N), axis=1)
+        for slots_N in slots_Nk.T
+    ]
+    return rows_gradient_MD, jnp.stack(gates_gradient_Nk, axis=1).astype(gates_Nk.dtype)
+
+
+def _rows_of(rows_MD: jax.Array, slots_N: jax.Array) -> jax.Array:
+    """Rows at the slots, zero where there is none."""
+    return _taken(rows_MD, jnp.where(slots_N < 0, rows_MD.shape[0], slots_N))
+
+
+def _taken(x_ND: jax.Array, rows_M: jax.Array) -> jax.Array:
+    """Rows of x, zero for an index at or past their number."""
+    if not x_ND.shape[0]:
+        return jnp.zeros((*rows_M.shape, x_ND.shape[1]), x_ND.dtype)
+    return x_ND.at[rows_M].get(mode="fill", fill_value=0)
+
+
+def _permute_value(
+    num_rows: int | None, backend: Backend, x_ND: jax.Array, slots_Nk: jax.Array
+) -> jax.Array:
+    return permute_reference(x_ND, slots_Nk, num_rows)
+
+
+def _permute_forward(
+    num_rows: int | None, backend: Backend, x_ND: jax.Array, slots_Nk: jax.Array
+) -> tuple[jax.Array, Any]:
+    return _permute_value(num_rows, backend, x_ND, slots_Nk), slots_Nk
+
+
+def _permute_backward(
+    num_rows: int | None, backend: Backend, slots_Nk: jax.Array, gradient_MD: jax.Array
+) -> tuple[jax.Array, None]:
+    return unpermute_reference(gradient_MD, slots_Nk, None), None
+
+
+_permute = jax.custom_vjp(_permute_value, nondiff_argnums=(0, 1))
+_permute.defvjp(_permute_forward, _permute_backward)
+
+
+def _unpermute_value(
+    backend: Backend, rows_MD: jax.Array, slots_Nk: jax.Array, gates_Nk: jax.Array
+) -> jax.Array:
+    return unpermute_reference(rows_MD, slots_Nk, gates_Nk)
+
+
+def _unpermute_forward(
+    backend: Backend, rows_MD: jax.Array, slots_Nk: jax.Array, gates_Nk: jax.Array
+) -> tuple[jax.Array, Any]:
+    value_ND = _unpermute_value(backend, rows_MD, slots_Nk, gates_Nk)
+    return value_ND, (rows_MD, slots_Nk, gates_Nk)
+
+
+def _unpermute_backward(
+    backend: Backend, residuals: Any, gradient_ND: jax.Array
+) -> tuple[jax.Array, None, jax.Array]:
+    rows_MD, slots_Nk, gates_Nk = residuals
+    rows_gradient_MD, gates_gradient_Nk = unpermute_backward_reference(
+        rows_MD, slots_Nk, gates_Nk, gradient_ND
+    )
+    return rows_gradient_MD, None, gates_gradient_Nk
+
+
+_unpermute = jax.custom_vjp(_unpermute_value, nondiff_argnums=(0,))
+_unpermute.defvjp(_unpermute_forward, _unpermute_backward)
