@@ -183,6 +183,7 @@ def _register_runs() -> None:
         sharding.MeshShape,
         training.AdamW,
         training.Cosine,
+        training.Guard,
         training.RouterLosses,
         training.TrainRun,
         training.WarmupStableDecay,

@@ -23,12 +23,13 @@ class Stage:
         method: the growth's method; "" where nothing grew.
         model: the trained configuration.
         planned_steps: steps the stage is to take.
-        steps: steps taken.
+        steps: steps taken, each with a batch of its own.
         tokens: target tokens trained on; padding does not count.
         flops: model FLOPs spent (`accounting.training_flops_per_token`), padding included.
         seconds: wall time of the loop, compilation and validation included.
         validation_start: loss in nats per token by language, and "mean", before the first step.
         validation_end: the same after the last step so far at which it was measured.
+        skipped: steps whose update was not made (`aquila_jax.training.guard`).
     """
 
     name: str
@@ -42,6 +43,7 @@ class Stage:
     seconds: float = 0.0
     validation_start: Mapping[str, float] | None = None
     validation_end: Mapping[str, float] | None = None
+    skipped: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with parameter counts for readers."""

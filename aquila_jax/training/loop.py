@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import platform
@@ -20,9 +21,12 @@ from aquila_jax import accounting, axes
 from aquila_jax.errors import UserError
 from aquila_jax.evaluation.perplexity import make_eval_step, validation_losses
 from aquila_jax.files import write_json, write_text
+from aquila_jax.training import settings
 from aquila_jax.training.checkpoints import Checkpoints
+from aquila_jax.training.guard import REASONS, all_finite
 from aquila_jax.training.ledger import Ledger
-from aquila_jax.training.metrics import MetricsWriter, Progress
+from aquila_jax.training.lock import lock
+from aquila_jax.training.metrics import SKIPPED_FILE, MetricsWriter, Progress, SkippedBatches
 from aquila_jax.training.run import Compiled, TrainRun, build, place_batch
 from aquila_jax.training.start import Start, begin, read_ledger
 
@@ -59,7 +63,12 @@ def train(run: TrainRun, *, operative_config: str = "") -> Ledger:
     """
     steps = run.resolve_steps()
     _make_directory(run.path)
-    with Checkpoints(run.path, keep=run.keep_checkpoints) as checkpoints:
+    with (
+        _named_disk_errors(run.path),
+        lock(run.path),
+        Checkpoints(run.path, run.keep) as checkpoints,
+    ):
+        checkpoints.set_aside_damaged()
         ledger = read_ledger(checkpoints)
         if ledger is not None and _is_finished(run, ledger, steps):
             # A crash between the last checkpoint and its ledger file leaves the file behind.
@@ -96,7 +105,11 @@ def grow(run: TrainRun, *, operative_config: str = "") -> Ledger:
         raise UserError("growth is None: set TrainRun.growth to @ScaleUp() or @ScaleOut()")
     steps = run.resolve_steps()
     _make_directory(run.path)
-    with Checkpoints(run.path, keep=run.keep_checkpoints) as checkpoints:
+    with (
+        _named_disk_errors(run.path),
+        lock(run.path),
+        Checkpoints(run.path, run.keep) as checkpoints,
+    ):
         if checkpoints.latest_step is not None:
             raise UserError(
                 f"{run.model_dir} already holds step {checkpoints.latest_step}: growth happens "
@@ -108,6 +121,7 @@ def grow(run: TrainRun, *, operative_config: str = "") -> Ledger:
             start = begin(run, compiled, checkpoints, steps)
             _describe(run, compiled, operative_config)
             checkpoints.save(start.state, _meta(run, start.ledger))
+            checkpoints.wait()
             start.ledger.write(run.path)
     print(f"{run.name}: {start.reason}, saved in {run.model_dir}", file=sys.stderr)
     return start.ledger
@@ -128,6 +142,12 @@ class _Session:
         self.steps, self.state, self.ledger = steps, start.state, start.ledger
         self.is_new = start.is_new
         self.metrics = MetricsWriter(run.path, int(start.state.step))
+        self.skips = SkippedBatches(run.path, int(start.state.step), run.data.identity()["order"])
+        # Metrics of steps whose verdicts were not looked at yet, on the devices.
+        self.unread: list[tuple[int, dict[str, Any]]] = []
+        # The step of the last validation, and its loss.
+        self.validated = (-1, 0.0)
+        self.is_save_failing = False
         self.progress = Progress(run.name, steps, int(start.state.step))
         for line in start.reason.splitlines():
             self.progress.say(line)
@@ -148,7 +168,7 @@ class _Session:
         if self.ledger.current.validation_start is None and not self.ledger.current.steps:
             self._validate()
         if self.is_new:
-            self._save()
+            self._save(is_last=bool(asked))
         if asked:
             return self.ledger
         first = int(self.state.step)
@@ -160,7 +180,7 @@ class _Session:
                 self._validate()
             stop = bool(asked)  # read once: where the loop ends has been saved
             if step % self.run.checkpoint_every == 0 or step == self.steps or stop:
-                self._save()
+                self._save(is_last=stop or step == self.steps)
             if stop:
                 return self.ledger
         loss = (self.ledger.current.validation_end or {})["mean"]
@@ -170,7 +190,8 @@ class _Session:
     def _train_one(self, step: int, batch: dict[str, np.ndarray]) -> None:
         on_devices = place_batch(batch, self.compiled.layout)
         self.state, metrics = self.compiled.train_step(self.state, on_devices)
-        stage, tokens = self.ledger.current, int(batch["loss_weights"].sum())
+        self.unread.append((step, metrics))
+        stage, tokens = self.ledger.current, int(np.count_nonzero(batch["loss_weights"]))
         self.ledger = self.ledger.update(
             steps=step,
             tokens=stage.tokens + tokens,
@@ -180,15 +201,56 @@ class _Session:
             self.progress.update(step, None, 0.0)
             return
         # Fetching a value waits for the step, so only rows that are kept pay for it.
-        values = {name: float(value) for name, value in metrics.items()}
+        values = self._read_metrics()
         self._read_clock()
         now, total = time.monotonic(), self.ledger.current.tokens
         values["tokens_per_second"] = (total - self.logged[1]) / (now - self.logged[0])
         self.logged = (now, total)
-        # The update just made was number step - 1 of the schedule.
-        values["learning_rate"] = float(np.asarray(self.schedule(step - 1)))
+        # The update just made was of this number in the schedule.
+        number = step - 1 - int(values["skipped_updates"])
+        values["learning_rate"] = float(np.asarray(self.schedule(max(number, 0))))
         self.metrics.write("train", self.ledger, values)
         self.progress.update(step, values["loss"], values["tokens_per_second"])
+        self._tell_failed_save()
+
+    def _read_metrics(self) -> dict[str, float]:
+        """The newest step's metrics, once every step since the last call has been looked at.
+
+        Raises:
+            UserError: too many updates in a row were skipped.
+        """
+        values: dict[str, float] = {}
+        for step, metrics in jax.device_get(self.unread):
+            values = {name: float(value) for name, value in metrics.items()}
+            reason = REASONS.get(int(values.pop("verdict")), "")
+            in_a_row = int(values.pop("skipped_in_a_row"))
+            if not reason:
+                continue
+            self.ledger = self.ledger.update(skipped=int(values["skipped_updates"]))
+            self.skips.write(step, reason, values)
+            self.progress.say(f"step {step}: update skipped, {reason}")
+            if in_a_row >= self.run.guard.stop_after:
+                raise UserError(
+                    f"{in_a_row} updates in a row were skipped, the last at step {step} "
+                    f"({reason}); {self.last_good()}; the batches are listed in "
+                    f"{self.run.path / SKIPPED_FILE}: change the data, the learning rate or "
+                    "TrainRun.guard, then run the command again"
+                )
+        self.unread = []
+        return values
+
+    def last_good(self) -> str:
+        """Which checkpoint is kept, in words."""
+        self.checkpoints.join()
+        latest = self.checkpoints.latest_step
+        return "no checkpoint was made yet" if latest is None else f"step {latest} is kept"
+
+    def _tell_failed_save(self) -> None:
+        """Say that a save failed: when it does first, and again only after one that did not."""
+        failure = self.checkpoints.failure()
+        if failure and not self.is_save_failing:
+            self.progress.say(f"warning: {failure}; training goes on, the next save tries again")
+            self.is_save_failing = True
 
     def _read_clock(self) -> None:
         """Brings the ledger's seconds up to date; call it when the devices have been waited for."""
@@ -208,22 +270,47 @@ class _Session:
             losses = validation_losses(self.eval_step, self.state.params, self.validation)
         which = "validation_start" if self.ledger.current.steps == 0 else "validation_end"
         self.ledger = self.ledger.update(**{which: losses})
+        self.validated = (self.ledger.current.steps, losses["mean"])
         self._read_clock()
         row = {f"loss_{name}": loss for name, loss in losses.items() if name != "mean"}
         self.metrics.write("validation", self.ledger, {"loss": losses["mean"], **row})
         by_language = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         self.progress.say(f"step {self.ledger.current.steps}: validation loss {by_language}")
 
-    def _save(self) -> None:
+    def _save(self, *, is_last: bool = False) -> None:
+        """Begin to save, and where nothing comes after, see it done.
+
+        Raises:
+            UserError: the state is not finite; or, of the last save, the disk refused.
+        """
         with self._aside():
+            self._read_metrics()
+            if not all_finite((self.state.params, self.state.opt_state)):
+                raise UserError(
+                    f"parameters or optimizer state are not finite at step {self.state.step}: "
+                    f"not saved; {self.last_good()}; run the command again to go on from there"
+                )
             self._read_clock()
-            self.checkpoints.save(self.state, _meta(self.run, self.ledger))
-            self.ledger.write(self.run.path)
+            self.metrics.sync()
+            ledger = self.ledger
+            stage = ledger.current
+            step, loss = self.validated
+            self.checkpoints.save(
+                self.state,
+                _meta(self.run, ledger),
+                validation_loss=loss if step == stage.steps else None,
+                is_stage_end=stage.steps == self.steps,
+                on_saved=functools.partial(ledger.write, self.run.path),
+            )
+            if is_last:
+                self.checkpoints.wait()
+            self._tell_failed_save()
 
     def close(self) -> None:
         """Close files and the bar."""
         self.progress.close()
         self.metrics.close()
+        self.skips.close()
 
 
 def _is_finished(run: TrainRun, ledger: Ledger, steps: int) -> bool:
@@ -245,6 +332,7 @@ def _meta(run: TrainRun, ledger: Ledger) -> dict[str, Any]:
     return {
         "config": run.model.to_dict(),
         "ledger": ledger.to_dict(),
+        "settings": settings.flatten(run),
         "data": dict(run.data.identity()),
     }
 

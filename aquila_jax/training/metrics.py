@@ -1,6 +1,9 @@
 """Where numbers go while a run trains: JSON lines, TensorBoard and the terminal."""
 
+import contextlib
 import json
+import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +13,56 @@ from aquila_jax.files import write_text
 from aquila_jax.training.ledger import Ledger
 
 METRICS_FILE = "metrics.jsonl"
+SKIPPED_FILE = "skipped_batches.jsonl"
+
+
+class Rows:
+    """A file of JSON lines that each tell of a step; opened to go on after some step."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Drop the rows beyond `step`, which belong to updates that were lost."""
+        if path.exists():
+            write_text(path, "".join(_rows_up_to(path, step)))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one; what a full disk refuses is written with the next one."""
+        self._file.write(json.dumps(row) + "\n")
+        with contextlib.suppress(OSError):
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Make all rows durable, as far as the disk will."""
+        with contextlib.suppress(OSError):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Write what is left, as far as the disk will."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+class SkippedBatches:
+    """Tells in MODEL_DIR which batches' updates were skipped, so that they can be looked at."""
+
+    def __init__(self, model_dir: Path, step: int, order: str) -> None:
+        """Go on after `step`; `order` is the identity of the data's order."""
+        self._path, self._step, self._order = model_dir / SKIPPED_FILE, step, order
+        # Most runs never have such a file.
+        self._rows = Rows(self._path, step) if self._path.exists() else None
+
+    def write(self, step: int, reason: str, values: Mapping[str, float]) -> None:
+        """Of one step: `data.train_batches(start=batch)` begins with its batch."""
+        self._rows = self._rows or Rows(self._path, self._step)
+        of_batch = {"batch": step - 1, "data_order": self._order}
+        measured = {name: repr(values[name]) for name in ("loss", "grad_norm")}
+        self._rows.write({"step": step, "reason": reason, **of_batch, **measured})
+
+    def close(self) -> None:
+        """Close the file, if there is one."""
+        if self._rows is not None:
+            self._rows.close()
 
 
 class MetricsWriter:
@@ -19,24 +72,25 @@ class MetricsWriter:
         """Open both to go on after `step`: rows beyond it belong to updates that were lost."""
         from tensorboardX import SummaryWriter  # 0.3 s that only runs need
 
-        path = model_dir / METRICS_FILE
-        if path.exists():
-            write_text(path, "".join(_rows_up_to(path, step)))
-        self._file = path.open("a", encoding="utf-8")
+        self._rows = Rows(model_dir / METRICS_FILE, step)
         self._tensorboard = SummaryWriter(str(model_dir / "tensorboard"), purge_step=step + 1)
 
     def write(self, split: str, ledger: Ledger, values: Mapping[str, float]) -> None:
         """One row; its tokens, FLOPs and seconds count the whole lineage."""
         step = ledger.current.steps
-        row = {"split": split, "step": step, **ledger.totals, **values}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._rows.write({"split": split, "step": step, **ledger.totals, **values})
         for name, value in values.items():
+            if not math.isfinite(value):
+                continue  # its curve has a gap; the row says which
             self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+
+    def sync(self) -> None:
+        """Make all rows durable, as far as the disk will."""
+        self._rows.sync()
 
     def close(self) -> None:
         """Flush and close both."""
-        self._file.close()
+        self._rows.close()
         self._tensorboard.close()
 
 

@@ -20,9 +20,12 @@ from aquila_jax.nn.transformer import REMAT_POLICIES
 from aquila_jax.sharding import Layout, MeshShape
 from aquila_jax.training.assignment import Assignment, assign, check_map
 from aquila_jax.training.checkpoints import CHECKPOINT_DIR, open_existing
+from aquila_jax.training.guard import Guard
+from aquila_jax.training.keeping import Keep
 from aquila_jax.training.ledger import Ledger, steps_for_flops
 from aquila_jax.training.optimizer import AdamW
 from aquila_jax.training.parent import is_there, open_parent, refuse_moments
+from aquila_jax.training.settings import is_covered
 from aquila_jax.training.step import (
     RouterLosses,
     TrainState,
@@ -33,6 +36,7 @@ from aquila_jax.training.step import (
 
 # Activations in float16 would need a scaled loss.
 _DTYPES = ("bfloat16", "float32")
+_AT_LEAST_ONE = ("eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "log_every")
 
 NumpyBatch = dict[str, np.ndarray]
 
@@ -107,7 +111,14 @@ class TrainRun:
         eval_every: steps between validations; the first and last step are always validated.
         eval_batches: batches of every language in a validation.
         checkpoint_every: steps between checkpoints; the last step is always saved.
-        keep_checkpoints: how many of the newest stay.
+        keep_checkpoints: how many of the newest stay; the last step of a stage always does.
+        keep_every: checkpoints whose step is a multiple of this stay too; 0 for none.
+        keep_best: how many of the lowest validation loss stay too, among those at whose step
+            there was a validation.
+        guard: which updates are skipped, and when the run gives up.
+        allow_changes: settings whose change since the last checkpoint is accepted although it
+            changes the model or the order of the data, as in `("data.seed",)`; a name stands for
+            everything below it.
         log_every: steps between rows of training metrics.
     """
 
@@ -134,6 +145,10 @@ class TrainRun:
     eval_batches: int = 8
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
+    keep_every: int = 0
+    keep_best: int = 0
+    guard: Guard = dataclasses.field(default_factory=Guard)
+    allow_changes: tuple[str, ...] = ()
     log_every: int = 10
 
     def __post_init__(self) -> None:
@@ -150,16 +165,13 @@ class TrainRun:
             raise UserError(f"no remat {self.remat!r}; there are {', '.join(REMAT_POLICIES)}")
         if self.dtype not in _DTYPES:
             raise UserError(f"no dtype {self.dtype!r}; there are {', '.join(_DTYPES)}")
-        for name in (
-            "eval_every",
-            "eval_batches",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "log_every",
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{name} must be a whole number, at least 1, not {value!r}")
+        for names, least in ((_AT_LEAST_ONE, 1), (("keep_every", "keep_best"), 0)):
+            for name in names:
+                value = getattr(self, name)
+                if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                    raise UserError(
+                        f"{name} must be a whole number, at least {least}, not {value!r}"
+                    )
         check_policy(self.optimizer_state)
         self._check_data()
         if self.growth is not None and not self.init_from:
@@ -200,6 +212,11 @@ class TrainRun:
         return Path(self.model_dir)
 
     @property
+    def keep(self) -> Keep:
+        """Which checkpoints stay."""
+        return Keep(self.keep_checkpoints, self.keep_every, self.keep_best)
+
+    @property
     def flops_per_step(self) -> float:
         """Model FLOPs of one update."""
         tokens = self.data.batch_size * self.data.sequence_length
@@ -238,15 +255,18 @@ class TrainRun:
         return assignment
 
     def check_own(self, saved: ModelConfig) -> None:
-        """A checkpoint of MODEL_DIR holds `model`.
+        """A checkpoint of MODEL_DIR holds `model`, or differs by what `allow_changes` names.
 
         Raises:
             UserError: it holds another one.
         """
-        if saved != self.model:
+        changed = [f"model.{name}" for name in changed_fields(saved, self.model)]
+        refused = [name for name in changed if not is_covered(name, self.allow_changes)]
+        if refused:
             raise UserError(
                 f"{self.model_dir} holds another model: {differences(saved, self.model)}; choose "
-                "another MODEL_DIR, or the settings it was made with"
+                "another MODEL_DIR, or the settings it was made with (or, where no parameter's "
+                f"shape changes, allow it by name: TrainRun.allow_changes = {tuple(refused)!r})"
             )
 
     def resolve_steps(self) -> int:
@@ -269,13 +289,18 @@ class TrainRun:
         return steps_for_flops(ledger.totals["flops"], self.flops_per_step)
 
 
+def changed_fields(found: ModelConfig, wanted: ModelConfig) -> list[str]:
+    """The names of the fields in which two configurations differ."""
+    names = (field.name for field in dataclasses.fields(ModelConfig))
+    return [name for name in names if getattr(found, name) != getattr(wanted, name)]
+
+
 def differences(found: ModelConfig, wanted: ModelConfig) -> str:
     """The fields in which two configurations differ, with both values."""
-    pairs = (
-        (field.name, getattr(found, field.name), getattr(wanted, field.name))
-        for field in dataclasses.fields(ModelConfig)
+    return ", ".join(
+        f"{name} is {getattr(found, name)} there and {getattr(wanted, name)} here"
+        for name in changed_fields(found, wanted)
     )
-    return ", ".join(f"{name} is {a} there and {b} here" for name, a, b in pairs if a != b)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +334,7 @@ def build(run: TrainRun, steps: int) -> Compiled:
         lambda params: new_state(params, optimizer), axes.abstract_params(run.model)
     )
     abstract = placed(shapes, state_shardings(shapes, layout, run.model))
-    train_step = make_train_step(model, optimizer, run.router_losses)
+    train_step = make_train_step(model, optimizer, run.router_losses, run.guard)
     return Compiled(model, layout, optimizer, train_step, abstract)
 
 

@@ -17,6 +17,7 @@ from aquila_jax.files import write_json
 from aquila_jax.growth import Certificate, GrowthResult, apply_plan
 from aquila_jax.growth.compose import Plan
 from aquila_jax.growth.optimizer_state import grow_moments
+from aquila_jax.training import settings
 from aquila_jax.training.checkpoints import Checkpoints
 from aquila_jax.training.ledger import Ledger, Stage
 from aquila_jax.training.parent import Parent, open_parent, refuse_moments, restore_assigned
@@ -80,16 +81,20 @@ def _resume(run: TrainRun, compiled: Compiled, checkpoints: Checkpoints, steps: 
     meta = checkpoints.read_meta(step)
     run.check_own(ModelConfig.from_dict(meta["config"]))
     check_vocabulary(run.data, meta["data"]["vocabulary"], run.model_dir)
-    state = checkpoints.restore_state(step, compiled.abstract)
-    reason = f"resumed from step {step} in {run.model_dir}"
+    changes = settings.compare(
+        meta["settings"],
+        settings.flatten(run),
+        is_order_changed=meta["data"]["order"] != run.data.identity()["order"],
+        allowed=run.allow_changes,
+    )
     ledger = Ledger.from_dict(meta["ledger"])
     if ledger.current.planned_steps != steps:
-        reason += (
-            f"\nsteps were {ledger.current.planned_steps} and are {steps} now: the learning rate "
+        changes.append(
+            f"steps were {ledger.current.planned_steps} and are {steps} now: the learning rate "
             f"goes on by the schedule of {steps}"
         )
-    if meta["data"]["order"] != run.data.identity()["order"]:
-        reason += "\nthe data's settings have changed: batches from here on are other ones"
+    state = checkpoints.restore_state(step, compiled.abstract)
+    reason = "\n".join([f"resumed from step {step} in {run.model_dir}", *changes])
     return Start(state, ledger.update(planned_steps=steps), reason, is_new=False)
 
 

@@ -12,23 +12,27 @@ from aquila_jax.config import ModelConfig
 from aquila_jax.nn import Transformer, forward
 from aquila_jax.nn.losses import cross_entropy
 from aquila_jax.sharding import Layout
+from aquila_jax.training.guard import ACCEPTED, Guard, GuardState, choose, new_guard_state
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
+_DEFAULT_GUARD = Guard()
 
 
 class TrainState(NamedTuple):
     """All that a step changes.
 
     Attributes:
-        step: int32 scalar, updates made in this run.
+        step: int32 scalar, batches used in this run.
         params: float32 parameters.
         opt_state: the optimizer's state.
+        guard: which updates were skipped, and what is usual.
     """
 
     step: Any
     params: Any
     opt_state: Any
+    guard: GuardState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +50,7 @@ class RouterLosses:
 
 def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), new_guard_state())
 
 
 def state_shardings(state: TrainState, layout: Layout, config: ModelConfig) -> TrainState:
@@ -58,7 +62,8 @@ def state_shardings(state: TrainState, layout: Layout, config: ModelConfig) -> T
         state.opt_state,
         is_leaf=lambda node: jax.tree.structure(node) == structure,
     )
-    return TrainState(layout.replicated(), params, opt_state)
+    guard = jax.tree.map(lambda _: layout.replicated(), state.guard)
+    return TrainState(layout.replicated(), params, opt_state, guard)
 
 
 def loss_and_metrics(
@@ -89,18 +94,30 @@ def loss_and_metrics(
 
 
 def make_train_step(
-    model: Transformer, optimizer: optax.GradientTransformation, router_losses: RouterLosses
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    router_losses: RouterLosses,
+    guard: Guard = _DEFAULT_GUARD,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """One update: gradient, clipping, AdamW. Jitted; the old state's memory is reused."""
+    """One update: gradient, clipping, AdamW. Jitted; the old state's memory is reused.
+
+    Its metrics are those of the loss, `grad_norm`, the guard's `verdict` (int32), and its counts
+    `skipped_updates` and `skipped_in_a_row`.
+    """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def loss_of(params: Any) -> tuple[jax.Array, Metrics]:
             return loss_and_metrics(model, router_losses, params, batch)
 
-        gradients, metrics = jax.grad(loss_of, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         metrics["grad_norm"] = optax.tree.norm(gradients)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        verdict, guarded = guard.judge(state.guard, loss, metrics["grad_norm"])
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        updated = optax.apply_updates(state.params, updates), opt_state
+        params, opt_state = choose(verdict == ACCEPTED, updated, (state.params, state.opt_state))
+        metrics["verdict"] = verdict
+        metrics["skipped_updates"] = guarded.skipped
+        metrics["skipped_in_a_row"] = guarded.in_a_row
+        return TrainState(state.step + 1, params, opt_state, guarded), metrics
 
     return jax.jit(train_step, donate_argnums=0)

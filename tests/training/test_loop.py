@@ -152,12 +152,39 @@ def test_more_steps_made_than_asked_for_is_refused(tmp_path):
 def test_what_changed_since_the_last_time_is_said(tmp_path, capsys):
     train(tiny_run(tmp_path))
     capsys.readouterr()
-    train(tiny_run(tmp_path, steps=8, data=Counting(seed=5)))
+    train(tiny_run(tmp_path, steps=8, log_every=2, optimizer=AdamW(Cosine(2e-2, 2))))
     said = capsys.readouterr().err
     assert "steps were 6 and are 8 now" in said
-    assert "the data's settings have changed" in said
-    train(tiny_run(tmp_path, steps=9, data=Counting(seed=5)))
-    assert "data's settings" not in capsys.readouterr().err
+    assert "log_every was 1 and is 2 now" in said
+    assert "optimizer.schedule.peak was 0.01 and is 0.02 now" in said
+    train(tiny_run(tmp_path, steps=9, log_every=2, optimizer=AdamW(Cosine(2e-2, 2))))
+    said = capsys.readouterr().err
+    assert "log_every" not in said
+    assert "optimizer" not in said
+
+
+def test_another_order_of_the_data_is_refused_unless_it_is_named(tmp_path, capsys):
+    train(tiny_run(tmp_path))
+    other = {"steps": 8, "data": Counting(seed=5)}
+    with pytest.raises(UserError, match=r"data.seed was 0 and is 5 now.*\('data.seed',\)"):
+        train(tiny_run(tmp_path, **other))
+    with pytest.raises(UserError, match="seed was 0 and is 5"):
+        train(tiny_run(tmp_path, **other, allow_changes=("data.sequence_length",)))
+    capsys.readouterr()
+    ledger = train(tiny_run(tmp_path, **other, allow_changes=("data.seed",)))
+    assert ledger.current.steps == 8
+    assert "data.seed was 0 and is 5 now" in capsys.readouterr().err
+
+
+def test_a_changed_model_is_taken_only_by_name_and_only_where_its_leaves_fit(tmp_path):
+    train(tiny_run(tmp_path))
+    other = dataclasses.replace(TINY, norm_eps=1e-4)
+    with pytest.raises(UserError, match=r"\('model.norm_eps',\)"):
+        train(tiny_run(tmp_path, steps=8, model=other))
+    train(tiny_run(tmp_path, steps=8, model=other, allow_changes=("model.norm_eps",)))
+    wider = dataclasses.replace(TINY, mlp_dim=40)
+    with pytest.raises(UserError, match=r"layers/mlp/down is .*24.* there and .*40.* here"):
+        train(tiny_run(tmp_path, steps=9, model=wider, allow_changes=("model",)))
 
 
 def test_another_tokenizer_is_refused_on_resume_growth_and_evaluation(tmp_path):
@@ -177,22 +204,28 @@ def test_another_tokenizer_is_refused_on_resume_growth_and_evaluation(tmp_path):
         train(tiny_run(tmp_path / "child", **child, data=OtherWords()))
 
 
-def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path):
-    run = tiny_run(tmp_path)
-    train(run)
-    newest = tmp_path / "checkpoints" / "6"
-    (newest / "meta" / "metadata").write_text("{")
-    with pytest.raises(UserError, match=r"checkpoints/6 cannot be read .* go on from step 3"):
-        train(tiny_run(tmp_path, steps=8))
-    newest.rename(tmp_path / "damaged")
-    assert train(tiny_run(tmp_path, steps=8)).current.steps == 8
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_as_if_it_had_not_been(tmp_path, capsys):
+    whole = tiny_run(tmp_path / "whole", steps=9)
+    train(whole)
+    train(tiny_run(tmp_path / "hurt"))
+    (tmp_path / "hurt" / "checkpoints" / "6" / "meta" / "metadata").write_text("{")
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"checkpoints/6 is damaged .*meta/metadata is damaged"):
+        evaluate(tiny_run(tmp_path / "hurt"))
+    hurt = tiny_run(tmp_path / "hurt", steps=9)
+    train(hurt)
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "set aside as damaged-6-0, and going on from step 3" in warning
+    assert (tmp_path / "hurt" / "checkpoints" / "damaged-6-0" / "params").is_dir()
+    # Another schedule after step 3, as the first run was to end at 6: only steps are compared.
+    assert [step for step, _ in _losses(hurt.path)] == list(range(1, 10))
 
 
 def test_what_is_not_the_disks_fault_is_not_called_so(tmp_path, monkeypatch):
     def broken(*_arguments, **_settings):
         raise ValueError("a defect")
 
-    monkeypatch.setattr(ocp.CheckpointManager, "save", broken)
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "save", broken)
     with pytest.raises(ValueError, match="a defect"):
         train(tiny_run(tmp_path))
 

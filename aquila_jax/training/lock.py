@@ -1,0 +1,147 @@
+"""One MODEL_DIR, one run: a lock file that a dead process cannot keep.
+
+The file is locked through the operating system, which lets go when its holder ends, however it
+ends. That covers one host, and the network file systems that pass such locks on. For the others
+the holder writes a new beat into the file every few seconds: a process on another host takes the
+lock over once it has seen no beat for a minute.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from aquila_jax.errors import UserError
+
+LOCK_FILE = "run.lock"
+_BEAT_SECONDS = 10.0
+_STARTED = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+# Of watching a lock of another host before it counts as a dead one's.
+_SILENCE_SECONDS = 60.0
+
+
+@contextlib.contextmanager
+def lock(model_dir: Path) -> Iterator[None]:
+    """Hold MODEL_DIR against every other run.
+
+    Raises:
+        UserError: another run holds it, named by its host, process and start.
+        OSError: the lock file cannot be written.
+    """
+    path = model_dir / LOCK_FILE
+    descriptor = _open_locked(path)
+    try:
+        previous = _read(descriptor)
+        if previous.get("host", socket.gethostname()) != socket.gethostname():
+            _watch(path, descriptor, previous)
+        if previous:
+            print(
+                f"warning: {model_dir} was left locked by {_name(previous)}, which is gone; "
+                "going on in its place",
+                file=sys.stderr,
+            )
+        _write(descriptor)
+        try:
+            with _beating(descriptor):
+                yield
+        finally:
+            # Before the lock is let go: whoever opened the file meanwhile sees that it is no
+            # longer the one of that name.
+            with contextlib.suppress(OSError):
+                path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _beating(descriptor: int) -> Iterator[None]:
+    """A new beat every few seconds, from another thread."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(_BEAT_SECONDS):
+            with contextlib.suppress(OSError):  # a full disk does not end the run
+                _write(descriptor)
+
+    thread = threading.Thread(target=beat, name="aquila-lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _open_locked(path: Path) -> int:
+    """A descriptor of the file at `path`, locked."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = _name(_read(descriptor))
+            os.close(descriptor)
+            raise UserError(
+                f"{path.parent} is in use by {holder}: wait for it to end or stop it, or choose "
+                "another MODEL_DIR"
+            ) from error
+        except OSError:
+            pass  # a file system without such locks: its beats are watched
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+        os.close(descriptor)
+
+
+def _watch(path: Path, descriptor: int, seen: dict[str, Any]) -> None:
+    """Wait until the lock of another host has been silent for long enough.
+
+    Raises:
+        UserError: it is alive.
+    """
+    print(
+        f"waiting up to {_SILENCE_SECONDS:.0f} s to see whether {_name(seen)} still runs in "
+        f"{path.parent}",
+        file=sys.stderr,
+    )
+    end = time.monotonic() + _SILENCE_SECONDS
+    while time.monotonic() < end:
+        time.sleep(min(_BEAT_SECONDS / 2, _SILENCE_SECONDS / 10))
+        if _read(descriptor).get("beat") != seen.get("beat"):
+            raise UserError(
+                f"{path.parent} is in use by {_name(seen)}: wait for it to end or stop it, or "
+                "choose another MODEL_DIR"
+            )
+
+
+def _write(descriptor: int) -> None:
+    """Who holds the lock, and a beat that is new."""
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": _STARTED}
+    content = json.dumps({**holder, "beat": uuid.uuid4().hex}).encode()
+    os.pwrite(descriptor, content, 0)
+    os.ftruncate(descriptor, len(content))
+
+
+def _read(descriptor: int) -> dict[str, Any]:
+    """What the lock file says; nothing where a crash cut it short."""
+    try:
+        content = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _name(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "another run"
+    return "process {pid} on {host} (started {started})".format_map(
+        {"pid": "?", "host": "?", "started": "?", **holder}
+    )
