@@ -15,6 +15,7 @@ fixed slots per expert, groups padded to tiles, and dropped tokens are spelt lik
 
 from aquila_jax.kernels.backend import Backend
 from aquila_jax.kernels.permute import permute, unpermute
-from aquila_jax.kernels.route import Routed, Scores, route
+from aquila_jax.kernels.route import route
+from aquila_jax.kernels.spec import Routed, Scores
 
 __all__ = ["Backend", "Routed", "Scores", "permute", "route", "unpermute"]

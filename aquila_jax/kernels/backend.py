@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import ManualAxisType
 
 from aquila_jax.errors import UserError
 
@@ -44,3 +47,43 @@ def _log_once(backend: Backend) -> None:
     if backend == "auto":
         chosen = f"pallas on a TPU, reference elsewhere; here: {jax.default_backend()}"
     logging.getLogger(__name__).info("routing kernels: %s", chosen)
+
+
+def pallas_call(
+    body: Callable[..., None],
+    *operands: jax.Array,
+    name: str,
+    interpret: bool,
+    out_shape: Any,
+    cost: pl.CostEstimate,
+    vmem_bytes: int | None = None,
+    **specs: Any,
+) -> Any:
+    """A Pallas TPU kernel on its operands, the steps of its grid in order.
+
+    Inside `shard_map` results vary over the mesh axes that any operand varies over.
+
+    Args:
+        body: the kernel, on references.
+        operands: arrays, in the order of `in_specs`.
+        name: in profiles and dumps.
+        interpret: whether to carry it out on a CPU.
+        out_shape: a tree of `jax.ShapeDtypeStruct`.
+        cost: what the compiler shall think that it costs.
+        vmem_bytes: how much VMEM it may have, where the compiler's default is too little.
+        specs: the rest of what `pl.pallas_call` takes.
+    """
+    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in operands))
+    axes = ManualAxisType(varying=varying)
+    return pl.pallas_call(
+        body,
+        name=name,
+        out_shape=jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, manual_axis_type=axes),
+            out_shape,
+        ),
+        interpret=pltpu.InterpretParams() if interpret else False,
+        cost_estimate=cost,
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem_bytes),
+        **specs,
+    )(*operands)

@@ -1,61 +1,17 @@
 """Route: router logits to chosen experts, gates, auxiliary sums, and places in expert order."""
 
-import dataclasses
-from typing import Any, Literal, NamedTuple, get_args
+import functools
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from aquila_jax.errors import UserError
-from aquila_jax.kernels.backend import Backend, check
-
-Scores = Literal["softmax", "sigmoid"]
-
-# DeepSeek-V3's guard against k sigmoids that all underflow; far below what moves a softmax.
-_TINY = 1e-20
-
-
-class Routed(NamedTuple):
-    """Where tokens go, and the sums of which the auxiliary losses are made.
-
-    N tokens in B sequences of equal length; N k pairs (token, choice), a token's best first.
-    Sums leave padding out; `counts_E`, `experts_Nk` and `slots_Nk` have it, because its rows lie
-    among the others. Float outputs are float32 (float64 for float64 logits).
-
-    Attributes:
-        gates_Nk: weight of each choice. Differentiable.
-        experts_Nk: int32 expert of each choice, in [0, E) whatever the logits.
-        slots_Nk: int32 place of each pair when pairs are sorted by expert and, for one expert,
-            by token: a permutation of 0 .. N k - 1.
-        counts_E: int32 pairs of each expert, those of padding too: the group sizes of a grouped
-            matmul over rows in expert order.
-        real_counts_BE: int32 pairs of each expert in each sequence, without padding.
-        probability_sum_BE: the sum over a sequence's tokens of the probability of each expert
-            (sigmoid scores are divided by their sum over experts). Differentiable.
-        z_sum: the sum over tokens of logsumexp(logits)^2. Differentiable.
-        not_finite: int32 number of tokens whose logsumexp(logits) is NaN or infinite.
-    """
-
-    gates_Nk: jax.Array
-    experts_Nk: jax.Array
-    slots_Nk: jax.Array
-    counts_E: jax.Array
-    real_counts_BE: jax.Array
-    probability_sum_BE: jax.Array
-    z_sum: jax.Array
-    not_finite: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """The static settings of one call of `route`; see there."""
-
-    experts_per_token: int
-    renormalize: bool
-    scores: Scores
-    sequences: int
-    backend: Backend
+from aquila_jax.kernels.backend import Backend, check, dispatch
+from aquila_jax.kernels.route_backward_tpu import route_backward_kernel
+from aquila_jax.kernels.route_tpu import route_kernel
+from aquila_jax.kernels.spec import TINY, Routed, RouteSpec, Scores
 
 
 def route(
@@ -101,26 +57,44 @@ def route(
     if scores not in get_args(Scores):
         raise UserError(f"scores must be one of {', '.join(get_args(Scores))}, not {scores!r}")
     check(backend)
-    spec = Spec(experts_per_token, renormalize, scores, sequences, backend)
+    spec = RouteSpec(experts_per_token, renormalize, scores, sequences, bias_E is not None, backend)
     return _route(spec, logits_NE, is_token_N, bias_E)
 
 
 def _value(
-    spec: Spec, logits_NE: jax.Array, is_token_N: jax.Array, bias_E: jax.Array | None
+    spec: RouteSpec, logits_NE: jax.Array, is_token_N: jax.Array, bias_E: jax.Array | None
 ) -> Routed:
-    return route_reference(spec, logits_NE, is_token_N, bias_E)
+    return dispatch(
+        spec.backend,
+        functools.partial(route_reference, spec),
+        functools.partial(route_kernel, spec),
+        logits_NE,
+        is_token_N,
+        bias_E,
+    )
 
 
 def _forward(
-    spec: Spec, logits_NE: jax.Array, is_token_N: jax.Array, bias_E: jax.Array | None
+    spec: RouteSpec, logits_NE: jax.Array, is_token_N: jax.Array, bias_E: jax.Array | None
 ) -> tuple[Routed, Any]:
     routed = _value(spec, logits_NE, is_token_N, bias_E)
     return routed, (logits_NE, is_token_N, routed.experts_Nk)
 
 
-def _backward(spec: Spec, residuals: Any, cotangents: Routed) -> tuple[Any, None, None]:
+def _backward(spec: RouteSpec, residuals: Any, cotangents: Routed) -> tuple[Any, None, None]:
     logits_NE, is_token_N, experts_Nk = residuals
-    return route_backward_reference(spec, logits_NE, is_token_N, experts_Nk, cotangents), None, None
+    gradient_NE = dispatch(
+        spec.backend,
+        functools.partial(route_backward_reference, spec),
+        functools.partial(route_backward_kernel, spec),
+        logits_NE,
+        is_token_N,
+        experts_Nk,
+        cotangents.gates_Nk,
+        cotangents.probability_sum_BE,
+        cotangents.z_sum,
+    )
+    return gradient_NE, None, None
 
 
 _route = jax.custom_vjp(_value, nondiff_argnums=(0,))
@@ -128,7 +102,7 @@ _route.defvjp(_forward, _backward)
 
 
 def route_reference(
-    spec: Spec, logits_NE: jax.Array, is_token_N: jax.Array, bias_E: jax.Array | None
+    spec: RouteSpec, logits_NE: jax.Array, is_token_N: jax.Array, bias_E: jax.Array | None
 ) -> Routed:
     """`route` in plain JAX."""
     num_experts = logits_NE.shape[1]
@@ -155,17 +129,17 @@ def route_reference(
 
 
 def route_backward_reference(
-    spec: Spec,
+    spec: RouteSpec,
     logits_NE: jax.Array,
     is_token_N: jax.Array,
     experts_Nk: jax.Array,
-    cotangents: Routed,
+    gates_gradient_Nk: jax.Array,
+    probability_gradient_BE: jax.Array,
+    z_gradient: jax.Array,
 ) -> jax.Array:
     """The gradient by the logits [N, E], in their dtype; what was chosen is a constant."""
     _, pull = jax.vjp(lambda logits: _weigh(spec, logits, is_token_N, experts_Nk), logits_NE)
-    (gradient_NE,) = pull(
-        _Weighed(cotangents.gates_Nk, cotangents.probability_sum_BE, cotangents.z_sum)
-    )
+    (gradient_NE,) = pull(_Weighed(gates_gradient_Nk, probability_gradient_BE, z_gradient))
     return gradient_NE
 
 
@@ -181,14 +155,14 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _scores(spec: Spec, logits_NE: jax.Array) -> jax.Array:
+def _scores(spec: RouteSpec, logits_NE: jax.Array) -> jax.Array:
     logits_NE = _wide(logits_NE)
     return (
         jax.nn.softmax(logits_NE, axis=1) if spec.scores == "softmax" else jax.nn.sigmoid(logits_NE)
     )
 
 
-def _choose(spec: Spec, logits_NE: jax.Array, bias_E: jax.Array | None) -> jax.Array:
+def _choose(spec: RouteSpec, logits_NE: jax.Array, bias_E: jax.Array | None) -> jax.Array:
     # Scores grow with logits, so these choose as well, and where scores would round to a tie.
     keys_NE = _wide(logits_NE) if bias_E is None else _scores(spec, logits_NE) + bias_E
     lowest = jnp.finfo(keys_NE.dtype).min
@@ -200,15 +174,15 @@ def _choose(spec: Spec, logits_NE: jax.Array, bias_E: jax.Array | None) -> jax.A
 
 
 def _weigh(
-    spec: Spec, logits_NE: jax.Array, is_token_N: jax.Array, experts_Nk: jax.Array
+    spec: RouteSpec, logits_NE: jax.Array, is_token_N: jax.Array, experts_Nk: jax.Array
 ) -> _Weighed:
     scores_NE = _scores(spec, logits_NE)
     gates_Nk = jnp.take_along_axis(scores_NE, experts_Nk, axis=1)
     if spec.renormalize:
-        gates_Nk /= gates_Nk.sum(axis=1, keepdims=True) + _TINY
+        gates_Nk /= gates_Nk.sum(axis=1, keepdims=True) + TINY
     probability_NE = scores_NE
     if spec.scores == "sigmoid":
-        probability_NE /= scores_NE.sum(axis=1, keepdims=True) + _TINY
+        probability_NE /= scores_NE.sum(axis=1, keepdims=True) + TINY
     normaliser_N = jax.nn.logsumexp(_wide(logits_NE), axis=1)
     # Not products with 0 or 1: padding may hold NaN.
     return _Weighed(
@@ -218,6 +192,6 @@ def _weigh(
     )
 
 
-def _per_sequence(spec: Spec, x_NE: jax.Array) -> jax.Array:
+def _per_sequence(spec: RouteSpec, x_NE: jax.Array) -> jax.Array:
     length = x_NE.shape[0] // spec.sequences
     return x_NE.reshape(spec.sequences, length, x_NE.shape[1]).sum(axis=1)

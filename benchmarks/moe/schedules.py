@@ -1,0 +1,113 @@
+"""Static cycles of a TPU program, read from the schedules that libtpu dumps.
+
+libtpu writes, for every kernel of a compiled program (XLA's fusions, sorts and copies as well as
+Pallas kernels), its final VLIW bundles with loops marked. A bundle takes one cycle when nothing
+stalls, so bundles times the trips of the loops around them is the number of cycles that the
+instructions take at least, DMA and memory aside.
+
+- A loop's trips are the bound of its exit test. Where the loop is software-pipelined (its bundles
+  speak of iteration stages) the bound counts filling and draining, in which most of the body is
+  skipped: these trips are not counted.
+- A loop without a constant bound is counted once. XLA's kernels have some, which copy what does
+  not fill a window; ours have none.
+- Of two sides of a branch both are counted.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+# Written to LIBTPU_INIT_ARGS before JAX is imported.
+FLAGS = (
+    "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_html=false "
+    "--xla_jf_dump_llo_static_gaps=false --xla_jf_emit_annotations=true --xla_jf_debug_level=2"
+)
+
+_FILE = re.compile(r"^\d+-(?P<kernel>.+?)-\d+-final_bundles\.txt$")
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?P<label>[A-Z]{2})?\s*:\s*(?P<loops>[> ]*)\{")
+_EXIT = re.compile(r"scmp\.ge\S* %(?P<index>\w+), (?P<bound>\d+) /\* loop exit test")
+_STAGE = re.compile(r"iteration index, stage = (\d+)")
+_SPILL = re.compile(r"= vst [^;]*_spill")
+# Parts of the program around kernels rather than kernels.
+_FRAME = ("<late-", "TLP")
+
+
+class Kernel(NamedTuple):
+    """One kernel's schedule.
+
+    Attributes:
+        name: as in the scheduled HLO.
+        cycles: bundles times trips.
+        unbounded: loops that were counted once.
+        vector_spills: stores of vector registers that ran out, inside loops.
+    """
+
+    name: str
+    cycles: int
+    unbounded: int
+    vector_spills: int
+
+
+class _Bundle(NamedTuple):
+    depth: int
+    begins_loop: bool
+    text: str
+
+
+def read(folder: Path) -> list[Kernel]:
+    """The kernels of the program dumped into `folder`, in the order they were compiled."""
+    kernels = []
+    for file in sorted(folder.iterdir()):
+        match = _FILE.match(file.name)
+        if match and not match["kernel"].startswith(_FRAME):
+            kernels.append(_kernel(match["kernel"], file.read_text(encoding="utf-8")))
+    return kernels
+
+
+def _kernel(name: str, text: str) -> Kernel:
+    bundles = _bundles(text)
+    trips = [1] * len(bundles)
+    unbounded = 0
+    for first, bundle in enumerate(bundles):
+        if bundle.begins_loop:
+            last, count = _extent(bundles, first)
+            unbounded += count is None
+            for at in range(first, last + 1):
+                trips[at] *= count or 1
+    spills = sum(
+        len(_SPILL.findall(bundle.text)) for bundle, n in zip(bundles, trips, strict=True) if n > 1
+    )
+    return Kernel(name, sum(trips), unbounded, spills)
+
+
+def _bundles(text: str) -> list[_Bundle]:
+    bundles: list[_Bundle] = []
+    for line in text.splitlines():
+        if match := _BUNDLE.match(line):
+            depth = match["loops"].count(">")
+            if line.rstrip().endswith("{}") and bundles:
+                depth = bundles[-1].depth  # Empty ones do not say where they are.
+            bundles.append(_Bundle(depth, match["label"] == "LB", line))
+    return bundles
+
+
+def _extent(bundles: list[_Bundle], first: int) -> tuple[int, int | None]:
+    """The last bundle of the loop that begins at `first`, and its trips if they are constant."""
+    depth = bundles[first].depth
+    last, bound, stages = first, None, 0
+    for at in range(first, len(bundles)):
+        bundle = bundles[at]
+        if at > first and bundle.begins_loop and bundle.depth <= depth:
+            break
+        if bundle.depth >= depth:
+            last = at
+        if bundle.depth == depth:
+            stages = max([stages, *map(int, _STAGE.findall(bundle.text))])
+            bound = _EXIT.search(bundle.text) or bound
+    if bound is None:
+        return last, None
+    # An unrolled loop counts in steps. Registers are named %s<value>_s<register>.
+    index = bound["index"].split("_")[0]
+    body = "\n".join(bundle.text for bundle in bundles[first : last + 1])
+    step = re.search(rf"%{index}(?:_\w+)? = sadd\.s32 (\d+), ", body)
+    return last, max(1, int(bound["bound"]) // (int(step[1]) if step else 1) - stages)
