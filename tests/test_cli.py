@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from aquila_jax import Transformer, cli, load_hf, preset, save_hf, scale_up
+from aquila_jax.data import write_cache
 from aquila_jax.training import train
 from aquila_jax.training.checkpoints import open_existing
 from aquila_jax.training.run import build
@@ -114,6 +115,21 @@ def test_a_wrong_binding_gives_one_line_that_names_it(arguments, message, capsys
 def test_shapes_that_cannot_grow_give_one_line(arguments, message, capsys):
     stage = "gin_configs/runs/demo/2_scale_up.gin"
     assert message in _error(capsys, "train", f"--gin_file={stage}", "--dry_run", *arguments)
+
+
+def test_a_token_cache_takes_the_place_of_text(capsys, tmp_path):
+    write_cache(
+        tmp_path / "cache",
+        {("train", "a"): [[1, 2, 3]], ("validation", "a"): [[3, 2, 1]]},
+        sequence_length=16,
+        vocab_size=64,
+        vocabulary="v",
+    )
+    files = [f"--gin_file={DENSE}", "--gin_file=gin_configs/data/cache.gin"]
+    cache = f"--gin.CACHE='{tmp_path / 'cache'}'"
+    assert cli.main(["train", "--dry_run", *files, cache]) == 0
+    assert "TokenCache.batch_size = %BATCH_SIZE" in capsys.readouterr().out
+    assert "CACHE must be set" in _error(capsys, "train", "--dry_run", *files)
 
 
 def test_required_macros_are_listed_with_the_flags_to_add(capsys):

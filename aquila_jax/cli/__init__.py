@@ -3,6 +3,7 @@
     aquila train --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [--dry_run]
     aquila grow --from DIR --to DIR [--gin_file=GROWTH] [--gin.target.FIELD=VALUE ...]
     aquila convert --from MODEL --to DIR [--to_checkpoint]
+    aquila data prepare --to DIR [--text_dir DIR] [--sequence_length N]
 
 A gin file describes one `TrainRun`; see `gin_configs/`. Exit codes: 0 done, 2 a mistake in what
 was asked for (one line says which), 128 + n stopped by signal n after saving.
@@ -14,12 +15,12 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from aquila_jax.cli import convert, evaluate, grow, report, train
+from aquila_jax.cli import convert, data, evaluate, grow, report, train
 from aquila_jax.errors import UserError
 
 # In the order in which `aquila --help` lists them. A command's module has `add_to(commands)`, and
 # imports what costs time only when the command runs.
-COMMANDS = (train, grow, evaluate, convert, report)
+COMMANDS = (train, grow, evaluate, convert, data, report)
 
 _GIN_FLAG = "--gin."
 _USER_MISTAKE = 2

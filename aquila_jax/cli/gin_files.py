@@ -180,6 +180,7 @@ def _register_runs() -> None:
         config.ModelConfig,
         config.preset,
         data.TextData,
+        data.TokenCache,
         sharding.MeshShape,
         training.AdamW,
         training.Cosine,

@@ -1,5 +1,6 @@
 """Text in two languages as packed batches; TensorFlow is imported when text is first read."""
 
+from aquila_jax.data.cache import TokenCache, prepare_cache, write_cache
 from aquila_jax.data.pipeline import Batch, TextData
 from aquila_jax.data.sources import SOURCES, Document, is_validation
 from aquila_jax.data.vocabulary import load_tokenizer, load_vocabulary, train_sentencepiece
@@ -9,8 +10,11 @@ __all__ = [
     "Batch",
     "Document",
     "TextData",
+    "TokenCache",
     "is_validation",
     "load_tokenizer",
     "load_vocabulary",
+    "prepare_cache",
     "train_sentencepiece",
+    "write_cache",
 ]
