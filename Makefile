@@ -25,7 +25,7 @@ SETUP_FAILED = { echo "error: could not install from $(1): see the message above
 # The paper's three stages and the control, oldest first.
 STAGES := 1_dense 2_scale_up 3_scale_out control
 
-.PHONY: help demo test test-parity bench-growth lint check format lock clean
+.PHONY: help demo test test-parity bench-growth soak lint check format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -71,6 +71,9 @@ test-parity: $(PARITY)/installed ## compare with transformers, in an environment
 
 bench-growth: $(VENV)/installed $(TEXT_DIR)/installed ## compare the growth methods (about an hour)
 	$(BIN)/python benchmarks/growth_methods.py
+
+soak: $(VENV)/installed ## kill a small lineage 1000 times and compare (about an hour)
+	$(BIN)/python benchmarks/reliability/soak.py --kills 1000
 
 lint: $(VENV)/installed ## check format, lint and types
 	$(BIN)/ruff format --check .

@@ -33,8 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     bindings = [flag.removeprefix(_GIN_FLAG) for flag in rest if flag.startswith(_GIN_FLAG)]
     if unknown := [flag for flag in rest if not flag.startswith(_GIN_FLAG)]:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
-    # Orbax tells of every file it writes; a run tells of its checkpoints itself.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax tells of every file it writes, and of every task that fails with one; a run tells of its
+    # checkpoints itself.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         return arguments.run_command(arguments, bindings)
     except UserError as error:

@@ -5,6 +5,7 @@ of every file, then renamed to its step. So a directory named by a number was co
 manifest tells whether it still is.
 """
 
+import contextlib
 import errno
 import os
 import shutil
@@ -246,7 +247,8 @@ class Checkpoints:
                 sync_directory(self._directory)
                 self._drop()
                 if on_saved is not None:
-                    on_saved()
+                    with contextlib.suppress(OSError):  # the checkpoint itself is there
+                        on_saved()
             except BaseException as error:
                 self._failed_step, self._error = step, error
 

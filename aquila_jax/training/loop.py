@@ -4,11 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-import os
 import platform
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,9 +25,9 @@ from aquila_jax.training.ledger import Ledger
 from aquila_jax.training.lock import lock
 from aquila_jax.training.metrics import SKIPPED_FILE, MetricsWriter, Progress, SkippedBatches
 from aquila_jax.training.run import Compiled, TrainRun, build, place_batch
+from aquila_jax.training.signals import stop_on_signal
 from aquila_jax.training.start import Start, begin, read_ledger
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Whose versions a result depends on.
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -80,7 +77,7 @@ def train(run: TrainRun, *, operative_config: str = "") -> Ledger:
         with _named_disk_errors(run.path):
             start = begin(run, compiled, checkpoints, steps)
             _describe(run, compiled, operative_config)
-            with _stop_on_signal(run.name) as asked:
+            with stop_on_signal(run.name) as asked:
                 session = _Session(run, compiled, checkpoints, steps, start)
                 with contextlib.closing(session):
                     ledger = session.run_to_end(asked)
@@ -141,13 +138,16 @@ class _Session:
         self.run, self.compiled, self.checkpoints = run, compiled, checkpoints
         self.steps, self.state, self.ledger = steps, start.state, start.ledger
         self.is_new = start.is_new
-        self.metrics = MetricsWriter(run.path, int(start.state.step))
-        self.skips = SkippedBatches(run.path, int(start.state.step), run.data.identity()["order"])
+        # A run that was killed before its first checkpoint leaves rows of step 0 behind.
+        last = -1 if start.is_new else int(start.state.step)
+        self.metrics = MetricsWriter(run.path, last)
+        self.skips = SkippedBatches(run.path, last, run.data.identity()["order"])
         # Metrics of steps whose verdicts were not looked at yet, on the devices.
         self.unread: list[tuple[int, dict[str, Any]]] = []
         # The step of the last validation, and its loss.
         self.validated = (-1, 0.0)
-        self.is_save_failing = False
+        # The newest checkpoint when saving began to fail; None while it does not.
+        self.kept_at_failure: int | None = None
         self.progress = Progress(run.name, steps, int(start.state.step))
         for line in start.reason.splitlines():
             self.progress.say(line)
@@ -168,7 +168,7 @@ class _Session:
         if self.ledger.current.validation_start is None and not self.ledger.current.steps:
             self._validate()
         if self.is_new:
-            self._save(is_last=bool(asked))
+            self._save(is_awaited=True)
         if asked:
             return self.ledger
         first = int(self.state.step)
@@ -180,7 +180,7 @@ class _Session:
                 self._validate()
             stop = bool(asked)  # read once: where the loop ends has been saved
             if step % self.run.checkpoint_every == 0 or step == self.steps or stop:
-                self._save(is_last=stop or step == self.steps)
+                self._save(is_awaited=stop or step == self.steps)
             if stop:
                 return self.ledger
         loss = (self.ledger.current.validation_end or {})["mean"]
@@ -248,9 +248,15 @@ class _Session:
     def _tell_failed_save(self) -> None:
         """Say that a save failed: when it does first, and again only after one that did not."""
         failure = self.checkpoints.failure()
-        if failure and not self.is_save_failing:
-            self.progress.say(f"warning: {failure}; training goes on, the next save tries again")
-            self.is_save_failing = True
+        if self.kept_at_failure is None:
+            if failure:
+                self.progress.say(
+                    f"warning: {failure}; training goes on, the next save tries again"
+                )
+                self.kept_at_failure = self.checkpoints.latest_step or 0
+        elif (latest := self.checkpoints.latest_step or 0) > self.kept_at_failure:
+            self.progress.say(f"saving works again: step {latest} is kept")
+            self.kept_at_failure = None
 
     def _read_clock(self) -> None:
         """Brings the ledger's seconds up to date; call it when the devices have been waited for."""
@@ -277,11 +283,11 @@ class _Session:
         by_language = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         self.progress.say(f"step {self.ledger.current.steps}: validation loss {by_language}")
 
-    def _save(self, *, is_last: bool = False) -> None:
-        """Begin to save, and where nothing comes after, see it done.
+    def _save(self, *, is_awaited: bool = False) -> None:
+        """Begin to save; or, of the first and the last save, see it done.
 
         Raises:
-            UserError: the state is not finite; or, of the last save, the disk refused.
+            UserError: the state is not finite; or, of an awaited save, the disk refused.
         """
         with self._aside():
             self._read_metrics()
@@ -302,8 +308,9 @@ class _Session:
                 is_stage_end=stage.steps == self.steps,
                 on_saved=functools.partial(ledger.write, self.run.path),
             )
-            if is_last:
+            if is_awaited:
                 self.checkpoints.wait()
+                ledger.write(self.run.path)
             self._tell_failed_save()
 
     def close(self) -> None:
@@ -385,34 +392,3 @@ def _describe(run: TrainRun, compiled: Compiled, operative_config: str) -> None:
         "mesh_asked": dataclasses.asdict(run.mesh),
     }
     write_json(run.path / "environment.json", environment)
-
-
-@contextlib.contextmanager
-def _stop_on_signal(name: str) -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM append to, once; a second signal is not caught.
-
-    In a thread, where Python allows no handlers, the list stays empty.
-    """
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    # None is a handler that was not set from Python, and could not be set again.
-    previous = {signum: signal.getsignal(signum) or signal.SIG_DFL for signum in _STOP_SIGNALS}
-
-    def ask(signum: int, frame: Any) -> None:
-        asked.append(signum)
-        # Not print: the signal may have come in the middle of one.
-        words = f"\n{name}: stopping after this step; once more leaves at once, without saving\n"
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # a notebook's has no number
-            os.write(sys.stderr.fileno(), words.encode())
-        for signal_number in previous:
-            signal.signal(signal_number, signal.SIG_DFL)
-
-    try:
-        for signum in previous:
-            signal.signal(signum, ask)
-        yield asked
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)

@@ -23,24 +23,29 @@ class Rows:
         """Drop the rows beyond `step`, which belong to updates that were lost."""
         if path.exists():
             write_text(path, "".join(_rows_up_to(path, step)))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one; what a full disk refuses is written with the next one."""
-        self._file.write(json.dumps(row) + "\n")
-        with contextlib.suppress(OSError):
-            self._file.flush()
+        self._unwritten += json.dumps(row).encode() + b"\n"
+        self._write_on()
 
     def sync(self) -> None:
         """Make all rows durable, as far as the disk will."""
+        self._write_on()
         with contextlib.suppress(OSError):
-            self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Write what is left, as far as the disk will."""
+        self._write_on()
+        self._file.close()
+
+    def _write_on(self) -> None:
         with contextlib.suppress(OSError):
-            self._file.close()
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
 
 class SkippedBatches:
