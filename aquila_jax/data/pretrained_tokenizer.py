@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from aquila_jax.data.gguf_tokenizer import GGUF, as_tokenizer_json
 from aquila_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,8 +64,9 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a pretrained model, or one that `TextData.prepare` trained.
 
     Args:
-        path: a `tokenizer.json`, a sentencepiece model, or a directory that holds either. Which
-            tokens are special is read from the files beside it, too.
+        path: a `tokenizer.json`, a sentencepiece model, a GGUF file with byte pairs, or a
+            directory that holds one of them. Which tokens are special is read from the files
+            beside it, too, or from the GGUF file.
 
     Raises:
         UserError: there is none, it is damaged, nothing says which token ends a text, or the
@@ -74,6 +76,8 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
         https://huggingface.co/docs/tokenizers, https://github.com/google/sentencepiece
     """
     file = find_tokenizer(path)
+    if file.suffix == GGUF:
+        return _opened_gguf(file, file.stat().st_mtime_ns)
     beside = {
         name: (file.parent / name).read_bytes()
         for name in (*_SPECIAL_FILES, *_ID_FILES)
@@ -98,11 +102,12 @@ def find_tokenizer(path: str | Path) -> Path:
     for name in (JSON_FILE, _MODEL_FILE):
         if (path / name).is_file():
             return path / name
-    found = sorted(path.glob("*.model"))
+    found = sorted(path.glob("*.model")) or sorted(path.glob(f"*{GGUF}"))
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise UserError(
-            f"{path} holds no {JSON_FILE}, and of sentencepiece models {names}: name the file"
+            f"{path} holds no {JSON_FILE}, and of sentencepiece models and GGUF files {names}: "
+            "name the file"
         )
     return found[0]
 
@@ -112,6 +117,13 @@ def _opened(file: Path, content: bytes, beside: tuple[tuple[str, bytes], ...]) -
     said = {name: _json_object(file.parent / name, text) for name, text in beside}
     kind = JsonTokenizer if file.suffix == ".json" else SentencePieceTokenizer
     return kind(file, content, said)
+
+
+@functools.lru_cache(maxsize=4)
+def _opened_gguf(file: Path, modified: int) -> Tokenizer:
+    del modified  # of a file that was written anew, the tokenizer is read anew
+    content, config = as_tokenizer_json(file)
+    return JsonTokenizer(file, content, {_SPECIAL_FILES[0]: config})
 
 
 class JsonTokenizer:

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention over packed rows."""
+"""Causal grouped-query attention over packed rows, and over what earlier calls left."""
 
 import flax.linen as nn
 import jax
@@ -11,6 +11,11 @@ from aquila_jax.config import ModelConfig
 from aquila_jax.nn.layers import declare, rms_norm, rotary
 from aquila_jax.sharding import Layout
 
+# The Linen collection in which attention leaves the keys and values of this call's tokens, and the
+# one in which it finds those of earlier calls (see `aquila_jax.nn.cache`). Layers stack both.
+KEY_VALUE = "key_value"
+CACHE = "cache"
+
 
 def causal_mask(segment_ids_BT: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
     """Which key (last axis) each query may see: an earlier or equal token of its document."""
@@ -18,6 +23,42 @@ def causal_mask(segment_ids_BT: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
     same_document = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     earlier = jnp.tril(jnp.ones((num_tokens, num_tokens), dtype=bool))
     return (same_document & earlier)[:, None]
+
+
+def attend_cached(
+    query_BTNH: Float[Array, "B T N H"],
+    cached: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]],
+    new: tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]],
+    mask_B1TS: Bool[Array, "B 1 T S_and_T"],
+) -> Float[Array, "B T N H"]:
+    """Attention to cached and new tokens at once, without joining their arrays.
+
+    Args:
+        query_BTNH: turned queries of the new tokens.
+        cached: turned keys, and values, of earlier tokens.
+        new: those of the new tokens.
+        mask_B1TS: which of the S cached and then the T new tokens each query may see.
+
+    Returns:
+        Mixed values, in the dtype of the queries; scores and softmax are float32 at least.
+    """
+    num_cached, num_kv_heads, head_dim = cached[0].shape[1:]
+    query_BTKGH = query_BTNH.reshape(*query_BTNH.shape[:2], num_kv_heads, -1, head_dim)
+    wide = jnp.promote_types(query_BTNH.dtype, jnp.float32)
+    scores_BKGTS = jnp.concatenate(
+        [
+            jnp.einsum("BTKGH,BSKH->BKGTS", query_BTKGH, key_BSKH, preferred_element_type=wide)
+            for key_BSKH in (cached[0], new[0])
+        ],
+        axis=-1,
+    )
+    scores_BKGTS = scores_BKGTS / jnp.sqrt(jnp.asarray(head_dim, wide))
+    seen_BKGTS = jnp.where(mask_B1TS[:, :, None], scores_BKGTS, jnp.finfo(wide).min)
+    weights_BKGTS = jax.nn.softmax(seen_BKGTS, axis=-1).astype(query_BTNH.dtype)
+    mixed_BTKGH = jnp.einsum(
+        "BKGTS,BSKH->BTKGH", weights_BKGTS[..., :num_cached], cached[1]
+    ) + jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS[..., num_cached:], new[1])
+    return mixed_BTKGH.reshape(query_BTNH.shape)
 
 
 class Attention(nn.Module):
@@ -32,9 +73,12 @@ class Attention(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
-        mask_B1TT: Bool[Array, "B 1 T T"],
+        mask_B1TS: Bool[Array, "B 1 T S"],
     ) -> Float[Array, "B T D"]:
-        """The residual update, in `dtype`; the softmax is computed in float32."""
+        """The residual update, in `dtype`; the softmax is computed in float32.
+
+        Keys are this call's tokens, after those in the `CACHE` collection where there is one.
+        """
         query_BTNH = self._project(x_BTD, "query", Q_HEADS)
         key_BTKH = self._project(x_BTD, "key", KV_HEADS)
         value_BTKH = self._project(x_BTD, "value", KV_HEADS)
@@ -42,12 +86,18 @@ class Attention(nn.Module):
             query_BTNH = self._normalise(query_BTNH, "query_norm")
             key_BTKH = self._normalise(key_BTKH, "key_norm")
         theta, scaling = self.config.rope_theta, self.config.rope_scaling
-        mixed_BTNH = jax.nn.dot_product_attention(
-            rotary(query_BTNH, positions_BT, theta, scaling),
-            rotary(key_BTKH, positions_BT, theta, scaling),
-            value_BTKH,
-            mask=mask_B1TT,
-        )
+        query_BTNH = rotary(query_BTNH, positions_BT, theta, scaling)
+        key_BTKH = rotary(key_BTKH, positions_BT, theta, scaling)
+        if self.is_mutable_collection(KEY_VALUE) and not self.is_initializing():
+            self.put_variable(KEY_VALUE, "key", key_BTKH)
+            self.put_variable(KEY_VALUE, "value", value_BTKH)
+        if self.has_variable(CACHE, "key"):
+            cached = (self.get_variable(CACHE, "key"), self.get_variable(CACHE, "value"))
+            mixed_BTNH = attend_cached(query_BTNH, cached, (key_BTKH, value_BTKH), mask_B1TS)
+        else:
+            mixed_BTNH = jax.nn.dot_product_attention(
+                query_BTNH, key_BTKH, value_BTKH, mask=mask_B1TS
+            )
         out_NHD = declare(self, self.config, "layers/attention/out").astype(self.dtype)
         return jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, out_NHD)
 

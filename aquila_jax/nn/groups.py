@@ -10,15 +10,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from aquila_jax.config import ModelConfig
+from aquila_jax.nn.attention import CACHE, KEY_VALUE
 from aquila_jax.nn.moe import ROUTER
 from aquila_jax.sharding import Layout
 
 
 def scanned(layer: type[nn.Module], length: int) -> type[nn.Module]:
-    """`length` times `layer`, whose parameters and router reports get a leading axis."""
+    """`length` times `layer`, whose parameters, caches and reports get a leading axis."""
     return nn.scan(
         layer,
-        variable_axes={"params": 0, ROUTER: 0},
+        variable_axes={"params": 0, ROUTER: 0, KEY_VALUE: 0, CACHE: 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] - flax declares int
         length=length,
@@ -45,14 +46,14 @@ class Group(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
-        mask_B1TT: Bool[Array, "B 1 T T"],
+        mask_B1TS: Bool[Array, "B 1 T S"],
         is_token_BT: Bool[Array, "B T"],
     ) -> tuple[Float[Array, "B T D"], None]:
         """The new residual, and None for the scan over groups."""
         dense = scanned(self.block, self.config.moe_every - 1)
         for layers, has_experts, name in ((dense, False, "dense"), (self.block, True, "mixture")):
             layer = layers(self.config, self.dtype, has_experts, self.layout, name=name)
-            x_BTD, _ = layer(x_BTD, positions_BT, mask_B1TT, is_token_BT)
+            x_BTD, _ = layer(x_BTD, positions_BT, mask_B1TS, is_token_BT)
         return x_BTD, None
 
 

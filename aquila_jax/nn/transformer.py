@@ -1,7 +1,7 @@
 """The decoder: embedding, scanned layers, head."""
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from aquila_jax import axes
 from aquila_jax.axes import BATCH, VOCAB
 from aquila_jax.config import ModelConfig
-from aquila_jax.nn.attention import Attention, causal_mask
+from aquila_jax.nn.attention import CACHE, Attention, causal_mask
 from aquila_jax.nn.groups import scanned, scanned_groups
 from aquila_jax.nn.layers import GatedMLP, RMSNorm, declare
 from aquila_jax.nn.moe import ROUTER, MixtureOfExperts
@@ -42,14 +42,14 @@ class Block(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
-        mask_B1TT: Bool[Array, "B 1 T T"],
+        mask_B1TS: Bool[Array, "B 1 T S"],
         is_token_BT: Bool[Array, "B T"],
     ) -> tuple[Float[Array, "B T D"], None]:
         """The new residual, and None for the scan."""
         config, dtype, layout = self.config, self.dtype, self.layout
         norm = RMSNorm(config, "layers/pre_attention_norm/scale", name="pre_attention_norm")
         attention = Attention(config, dtype, layout, name="attention")
-        x_BTD += attention(norm(x_BTD), positions_BT, mask_B1TT)
+        x_BTD += attention(norm(x_BTD), positions_BT, mask_B1TS)
         normalised_BTD = RMSNorm(config, "layers/pre_mlp_norm/scale", name="pre_mlp_norm")(x_BTD)
         if self.has_experts:
             moe = MixtureOfExperts(config, dtype, layout, name="moe")
@@ -91,6 +91,9 @@ class Transformer(nn.Module):
             norms and softmax compute in float32 whatever this is.
         remat: what to store for the backward pass: "none" (everything), "dots" or "full".
         layout: where to place activations on a mesh; None leaves it to the compiler.
+        unrolled: apply layer after layer instead of a scan, with parameters from
+            `aquila_jax.nn.cache.unroll`. Longer to compile; a step of generation, which reads
+            every weight once, need not copy each layer's weights out of a stack.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -106,6 +109,7 @@ class Transformer(nn.Module):
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
     layout: Layout | None = None
+    unrolled: bool = False
 
     @nn.compact
     def __call__(
@@ -122,6 +126,9 @@ class Transformer(nn.Module):
                 None: every row is one document.
             positions_BT: position of each token in its document; None counts from the row's
                 start.
+
+        With the variables of a `CACHE` collection (see `aquila_jax.nn.cache`) tokens also see
+        the earlier ones of their document that lie there.
         """
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
@@ -129,9 +136,13 @@ class Transformer(nn.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         embedding_VD = Embedder(self.config, name="token_embedder").embedding
         x_BTD = embedding_VD[tokens_BT].astype(self.dtype)
-        x_BTD, _ = self._layers()(
-            x_BTD, positions_BT, causal_mask(segment_ids_BT), segment_ids_BT > 0
-        )
+        mask_B1TS = causal_mask(segment_ids_BT)
+        if self.has_variable(CACHE, "segment_ids"):
+            cached_BS = self.get_variable(CACHE, "segment_ids")
+            earlier_BTS = segment_ids_BT[:, :, None] == cached_BS[:, None, :]
+            mask_B1TS = jnp.concatenate([earlier_BTS[:, None], mask_B1TS], axis=-1)
+        for layers in self._layers():
+            x_BTD, _ = layers(x_BTD, positions_BT, mask_B1TS, segment_ids_BT > 0)
         x_BTD = RMSNorm(self.config, "final_norm/scale", name="final_norm")(x_BTD)
         if self.config.tie_embeddings:
             kernel_DV = embedding_VD.T
@@ -149,18 +160,26 @@ class Transformer(nn.Module):
             else self.layout.constrain(logits_BTV, BATCH, None, VOCAB)
         )
 
-    def _layers(self) -> nn.Module:
-        """All layers as one scanned module, whose parameters are stacked on a leading axis."""
+    def _layers(self) -> Iterator[nn.Module]:
+        """All layers as one scanned module, whose parameters are stacked on a leading axis.
+
+        Or every layer by itself, where they are unrolled.
+        """
         block = Block
         if self.remat != "none":
             # A scan's body is not merged with its neighbours, so nothing needs guarding.
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         config, dtype, layout = self.config, self.dtype, self.layout
-        if config.moe_every == 1:
+        if self.unrolled:
+            for layer in range(config.num_layers):
+                has_experts = config.has_experts(layer)
+                yield block(config, dtype, has_experts, layout, name=f"layer_{layer}")
+        elif config.moe_every == 1:
             layers = scanned(block, config.num_layers)
-            return layers(config, dtype, config.is_moe, layout, name="layers")
-        groups = scanned_groups(config, is_initializing=self.is_initializing())
-        return groups(block, config, dtype, layout, name="layers")
+            yield layers(config, dtype, config.is_moe, layout, name="layers")
+        else:
+            groups = scanned_groups(config, is_initializing=self.is_initializing())
+            yield groups(block, config, dtype, layout, name="layers")
 
 
 def forward(
