@@ -2,6 +2,10 @@
 
     aquila train --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [--dry_run]
     aquila grow --from DIR --to DIR [--gin_file=GROWTH] [--gin.target.FIELD=VALUE ...]
+    aquila eval MODEL [--text FILE ...] [--task FILE ...]
+    aquila compare MODEL MODEL ... [--text FILE ...] [--task FILE ...]
+    aquila generate MODEL [--prompt TEXT]
+    aquila chat MODEL
     aquila convert --from MODEL --to DIR [--to_checkpoint]
     aquila data prepare --to DIR [--text_dir DIR] [--sequence_length N]
 
@@ -15,12 +19,12 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from aquila_jax.cli import convert, data, evaluate, grow, report, train
+from aquila_jax.cli import compare, convert, data, evaluate, generate, grow, report, train
 from aquila_jax.errors import UserError
 
 # In the order in which `aquila --help` lists them. A command's module has `add_to(commands)`, and
 # imports what costs time only when the command runs.
-COMMANDS = (train, grow, evaluate, convert, data, report)
+COMMANDS = (train, grow, evaluate, compare, generate, convert, data, report)
 
 _GIN_FLAG = "--gin."
 _USER_MISTAKE = 2

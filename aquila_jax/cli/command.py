@@ -61,6 +61,48 @@ def open_model(path: Path) -> Any:
     return Directory(path)
 
 
+def add_model_flags(command: argparse.ArgumentParser, *, positional: bool = True) -> None:
+    """The flags of every command that computes with a model."""
+    if positional:
+        command.add_argument(
+            "model", metavar="MODEL", help="a Hugging Face directory, a GGUF file or a MODEL_DIR"
+        )
+    command.add_argument(
+        "--tokenizer", metavar="PATH", help="where the tokenizer is; beside the model by default"
+    )
+    command.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="of activations; float32 by default",
+    )
+
+
+def load_model(path: str, *, tokenizer: str | None) -> tuple[Any, "ModelConfig", Any]:
+    """Parameters, architecture and tokenizer of a model of any format.
+
+    Raises:
+        UserError: the model or the tokenizer is absent, damaged or not supported.
+    """
+    from aquila_jax.data.pretrained_tokenizer import open_tokenizer
+
+    where = Path(path)
+    if is_model_dir(where) and tokenizer is None:
+        raise UserError(f"{path} holds no tokenizer: name the one of its run with --tokenizer")
+    opened_tokenizer = open_tokenizer(tokenizer or path)
+    if not is_model_dir(where):
+        from aquila_jax.interop.converting import load_any
+
+        return (*load_any(where), opened_tokenizer)
+    import jax.numpy as jnp
+
+    from aquila_jax import axes
+
+    leaves = open_model(where)
+    read = {name: jnp.asarray(leaves.read(name)) for name in axes.parameters(leaves.config)}
+    return axes.unflatten(read), leaves.config, opened_tokenizer
+
+
 def num_parameters(config: "ModelConfig") -> str:
     """As people read it."""
     from aquila_jax import accounting

@@ -1,10 +1,12 @@
-"""`aquila eval`: the validation loss of a run's newest checkpoint."""
+"""`aquila eval`: a model on texts and tasks, or a run's newest checkpoint on its own validation."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from aquila_jax.cli.command import add_command
+from aquila_jax.cli.command import add_command, add_model_flags, load_model, refuse_bindings
 from aquila_jax.cli.gin_files import add_gin_flags, with_run
+from aquila_jax.cli.measuring import add_measure_flags, measure, measure_texts
+from aquila_jax.errors import UserError
 
 if TYPE_CHECKING:
     from aquila_jax.training import TrainRun
@@ -12,11 +14,44 @@ if TYPE_CHECKING:
 
 def add_to(commands: Any) -> None:
     """Declare the command."""
-    summary = "validation loss of the newest checkpoint, by language"
-    add_gin_flags(add_command(commands, "eval", _evaluate, summary), is_required=True)
+    summary = "a model on texts and tasks, or a run's newest checkpoint on its validation text"
+    command = add_command(commands, "eval", _evaluate, summary)
+    command.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a Hugging Face directory, a GGUF file or a MODEL_DIR; or give --gin_file",
+    )
+    add_model_flags(command, positional=False)
+    add_measure_flags(command)
+    add_gin_flags(command, is_required=False)
 
 
 def _evaluate(arguments: argparse.Namespace, bindings: list[str]) -> int:
+    if (arguments.model is None) == (not arguments.gin_file):
+        raise UserError("eval takes a MODEL, or a --gin_file that describes a run: give one")
+    if arguments.model is None:
+        return _evaluate_run(arguments, bindings)
+    refuse_bindings("eval of a MODEL", bindings)
+    if not arguments.text and not arguments.task:
+        raise UserError("nothing to measure on: give --text or --task")
+    model = load_model(arguments.model, tokenizer=arguments.tokenizer)
+    if arguments.text:
+        print("text\ttokens\tbytes\tnats per token\tperplexity\tbits per byte")
+        for name, loss in measure_texts(model, arguments).items():
+            print(
+                f"{name}\t{loss.num_tokens}\t{loss.num_bytes}\t{loss.per_token:.4f}\t"
+                f"{loss.perplexity:.3f}\t{loss.bits_per_byte:.4f}"
+            )
+    if arguments.task:
+        arguments.text = []
+        print("task\tquestions\taccuracy")
+        for name, found in measure(model, arguments).items():
+            print(f"{name.removesuffix(', accuracy')}\t{len(found.values)}\t{found.mean:.4f}")
+    return 0
+
+
+def _evaluate_run(arguments: argparse.Namespace, bindings: list[str]) -> int:
     from aquila_jax.training import evaluate
 
     def run_and_print(run: "TrainRun", *, operative_config: str) -> None:

@@ -60,6 +60,27 @@ def read_metadata(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is no whole GGUF file ({error}); fetch it again") from error
 
 
+def read_chat_settings(file: Path) -> dict[str, Any]:
+    """The special tokens and the `chat_template` of a GGUF file; errors as `read_metadata`."""
+    return _settings(read_metadata(file))
+
+
+def _settings(said: Mapping[str, Any]) -> dict[str, Any]:
+    tokens = said.get(f"{_PREFIX}tokens", [])
+    values = {name.removeprefix(_PREFIX): value for name, value in said.items()}
+    settings: dict[str, Any] = {
+        f"{name}_token": tokens[values[key]]
+        for name, key in (
+            ("bos", "bos_token_id"), ("eos", "eos_token_id"),
+            ("unk", "unknown_token_id"), ("pad", "padding_token_id"),
+        )
+        if 0 <= values.get(key, -1) < len(tokens)
+    }  # fmt: skip
+    if isinstance(template := said.get(_TEMPLATE), str):
+        settings["chat_template"] = template
+    return settings
+
+
 def as_tokenizer_json(file: Path) -> tuple[bytes, dict[str, Any]]:
     """A GGUF file's byte pairs as a `tokenizer.json` and the `tokenizer_config.json` beside it.
 
@@ -107,17 +128,7 @@ def as_tokenizer_json(file: Path) -> tuple[bytes, dict[str, Any]]:
             "merges": merges,
         },
     }
-    config: dict[str, Any] = {
-        f"{name}_token": tokens[values[key]]
-        for name, key in (
-            ("bos", "bos_token_id"), ("eos", "eos_token_id"),
-            ("unk", "unknown_token_id"), ("pad", "padding_token_id"),
-        )
-        if 0 <= values.get(key, -1) < len(tokens)
-    }  # fmt: skip
-    if isinstance(template := said.get(_TEMPLATE), str):
-        config["chat_template"] = template
-    return json.dumps(content).encode(), config
+    return json.dumps(content).encode(), _settings(said)
 
 
 def _added(number: int, content: str, *, special: bool) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def our_tokens() -> list[list[int]]:
     return json.loads(done.stdout)
 
 
-def test_greedy_tokens_of_a_batch_equal_theirs_one_by_one(tmp_path):
+def test_greedy_tokens_of_prompts_of_many_lengths_equal_theirs(tmp_path):
     params, config = load_gguf(MODEL)
     tokenizer = open_tokenizer(MODEL)
     save_hf(params, config, tmp_path / "model", dtype="float32")
@@ -74,14 +74,13 @@ def test_greedy_tokens_of_a_batch_equal_theirs_one_by_one(tmp_path):
         tmp_path / "model", dtype=torch.float32
     ).eval()
     theirs.generation_config.eos_token_id = None
-    for prompt, found in zip(PROMPTS, our_tokens(), strict=True):
-        ids = torch.tensor([tokenizer.encode(prompt)])
-        expected = theirs.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        assert len(found) == NEW
-        assert found == expected[0, ids.shape[1] :].tolist(), prompt
+    encoded = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    width = max(map(len, encoded))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in encoded])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded])
+    expected = theirs.generate(
+        ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0
+    )[:, width:].tolist()
+    found = our_tokens()
+    assert {len(row) for row in found} == {NEW}
+    assert found == expected

@@ -1,0 +1,108 @@
+"""`aquila generate` and `aquila chat`: text that follows a prompt, shown as it comes."""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aquila_jax.cli.command import add_command, add_model_flags, load_model, refuse_bindings
+from aquila_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from aquila_jax.evaluation.generation import Generator
+
+_LEAVE = "/exit"
+
+
+def add_to(commands: Any) -> None:
+    """Declare both commands."""
+    generate = add_command(
+        commands,
+        "generate",
+        _generate,
+        "continue a prompt",
+        example='aquila generate models/smollm2 --prompt "The capital of France is"',
+    )
+    generate.add_argument("--prompt", help="the text to continue; standard input by default")
+    chat = add_command(
+        commands, "chat", _chat, "talk to a model", example="aquila chat models/smollm2"
+    )
+    chat.add_argument("--system", help="a message of the system, before the conversation")
+    for command in (generate, chat):
+        add_model_flags(command)
+        _add_sampling_flags(command)
+
+
+def _add_sampling_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--max_new_tokens", type=int, default=256, metavar="N")
+    command.add_argument("--temperature", type=float, default=0.0, help="0, greedy, by default")
+    command.add_argument("--top_k", type=int, default=0, metavar="K")
+    command.add_argument("--top_p", type=float, default=1.0, metavar="P")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument(
+        "--stop", action="append", default=[], help="a string that ends the text; may be repeated"
+    )
+
+
+def _open(arguments: argparse.Namespace) -> tuple["Generator", dict[str, Any]]:
+    from aquila_jax.evaluation.generation import Generator
+    from aquila_jax.evaluation.sampling import Sampling
+
+    options = {
+        "max_new_tokens": arguments.max_new_tokens,
+        "stops": arguments.stop,
+        "sampling": Sampling(
+            arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed
+        ),
+    }
+    model = load_model(arguments.model, tokenizer=arguments.tokenizer)
+    return Generator(*model, dtype=arguments.dtype, batch_size=1), options
+
+
+def _show(pieces: Iterable[str]) -> str:
+    """Write pieces of a text as they come, and give the whole."""
+    text = ""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        text += piece
+    print()
+    return text
+
+
+def _generate(arguments: argparse.Namespace, bindings: list[str]) -> int:
+    refuse_bindings("generate", bindings)
+    generator, options = _open(arguments)
+    prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
+    _show(generator.stream(prompt, **options))
+    return 0
+
+
+def _chat(arguments: argparse.Namespace, bindings: list[str]) -> int:
+    refuse_bindings("chat", bindings)
+    from aquila_jax.evaluation.chat import open_chat_template
+
+    template = open_chat_template(Path(arguments.tokenizer or arguments.model))
+    generator, options = _open(arguments)
+    messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    if sys.stdin.isatty():
+        print(f"{_LEAVE} or the end of input ends the conversation", file=sys.stderr)
+    while (said := _next_line()) != _LEAVE:
+        if not said.strip():
+            continue
+        asked = [*messages, {"role": "user", "content": said}]
+        try:
+            answer = _show(generator.stream(template.render(asked), **options))
+        except UserError as error:
+            # The conversation so far is worth more than the message that did not fit.
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        messages = [*asked, {"role": "assistant", "content": answer}]
+    return 0
+
+
+def _next_line() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return _LEAVE

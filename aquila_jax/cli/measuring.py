@@ -1,0 +1,110 @@
+"""The texts and tasks that `aquila eval` and `aquila compare` are given, and measuring on them."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aquila_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from aquila_jax.evaluation.gate import Results
+    from aquila_jax.evaluation.scoring import Scorer
+    from aquila_jax.evaluation.windows import TextLoss
+
+
+def add_measure_flags(command: argparse.ArgumentParser) -> None:
+    """The flags that say what to measure on, and how."""
+    command.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="a text; NAME is its language or domain. May be repeated",
+    )
+    command.add_argument(
+        "--task",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="multiple choice in JSONL: context, choices, answer. May be repeated",
+    )
+    command.add_argument(
+        "--ranking",
+        default="ppl",
+        help="of choices: ppl (mean over the whole text, the default), sum, token or byte",
+    )
+    command.add_argument("--max_length", type=int, metavar="N", help="the context by default")
+    command.add_argument(
+        "--stride", type=int, metavar="N", help="tokens scored in a window; half of it by default"
+    )
+    command.add_argument("--limit", type=int, metavar="N", help="the first N items of each")
+    command.add_argument("--batch_size", type=int, default=4, metavar="N")
+
+
+def measure_texts(model: tuple[Any, ...], arguments: argparse.Namespace) -> dict[str, "TextLoss"]:
+    """A model on every text, each read as a whole in sliding windows.
+
+    Raises:
+        UserError: a file is absent, empty or not valid.
+    """
+    from aquila_jax.evaluation.windows import read_text, text_losses
+
+    texts = {name: read_text(path) for name, path in _named(arguments.text).items()}
+    losses = text_losses(_scorer(model, arguments), [*texts.values()], stride=arguments.stride)
+    return dict(zip(texts, losses, strict=True))
+
+
+def measure(model: tuple[Any, ...], arguments: argparse.Namespace) -> dict[str, "Results"]:
+    """A model on all texts (bits per byte, piece by piece) and tasks (accuracy).
+
+    Raises:
+        UserError: nothing is to be measured, or a file is absent, empty or not valid.
+    """
+    from aquila_jax.evaluation.gate import Results
+    from aquila_jax.evaluation.tasks import is_right, read_task
+    from aquila_jax.evaluation.windows import pieces, read_text, text_losses
+
+    texts, tasks = _named(arguments.text), _named(arguments.task)
+    if not texts and not tasks:
+        raise UserError("nothing to measure on: give --text or --task")
+    # Everything is read before anything is measured: mistakes cost no hours.
+    items = {name: pieces(read_text(path))[: arguments.limit] for name, path in texts.items()}
+    questions = {name: read_task(path)[: arguments.limit] for name, path in tasks.items()}
+    scorer = _scorer(model, arguments)
+    results = {}
+    for name, parts in items.items():
+        losses = text_losses(scorer, parts, stride=arguments.stride)
+        results[f"{name}, bits per byte"] = Results(
+            [loss.bits_per_byte for loss in losses],
+            [loss.num_bytes for loss in losses],
+            higher_is_better=False,
+        )
+    for name, asked in questions.items():
+        right = is_right(scorer, asked, ranking=arguments.ranking)
+        results[f"{name}, accuracy"] = Results(
+            [float(value) for value in right], [1.0] * len(right), higher_is_better=True
+        )
+    return results
+
+
+def _scorer(model: tuple[Any, ...], arguments: argparse.Namespace) -> "Scorer":
+    from aquila_jax.evaluation.scoring import Scorer
+
+    return Scorer(
+        *model,
+        dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+        max_length=arguments.max_length,
+    )
+
+
+def _named(given: list[str]) -> dict[str, Path]:
+    """Files by name: `NAME=FILE`, or a file whose name is its own."""
+    named: dict[str, Path] = {}
+    for text in given:
+        name, _, path = text.rpartition("=")
+        name = name or Path(path).stem
+        if name in named:
+            raise UserError(f"two files are called {name!r}: give them names, NAME=FILE")
+        named[name] = Path(path)
+    return named

@@ -1,0 +1,113 @@
+"""Multiple choice: tasks in JSONL files, and how models do on them."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aquila_jax.errors import UserError
+from aquila_jax.evaluation.scoring import Score, Scorer
+
+# How choices are ranked. "ppl" is OpenCompass's: the mean over the tokens of context and choice
+# together; the others are sums over the choice's tokens, as they are, by its tokens or its bytes.
+RANKINGS = ("ppl", "sum", "token", "byte")
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Attributes:
+        context: what is before a choice.
+        choices: texts that may follow; at least two, all different.
+        answer: the number of the right one, from 0.
+    """
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def read_task(path: str | Path) -> list[Question]:
+    """The questions of a JSONL file: objects with `context`, `choices` and `answer`.
+
+    Args:
+        path: the file. `answer` is a number from 0, or the right choice's text.
+
+    Raises:
+        UserError: there is no such file, or a line has no question: the message names the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"the data of a task is absent: there is no file {path}")
+    questions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                questions.append(_question(json.loads(line)))
+            except (ValueError, UserError) as error:
+                raise UserError(f"{path}, line {number}: {error}") from error
+    if not questions:
+        raise UserError(f"{path} has no questions")
+    return questions
+
+
+def _question(values: Any) -> Question:
+    if not isinstance(values, Mapping):
+        raise UserError(f"a question is an object, not {type(values).__name__}")
+    if missing := [name for name in ("context", "choices", "answer") if name not in values]:
+        raise UserError(f"the question has no {', '.join(missing)}")
+    context, choices, answer = values["context"], values["choices"], values["answer"]
+    if not isinstance(context, str):
+        raise UserError(f"context must be a text, not {context!r}")
+    if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
+        raise UserError("choices must be a list of texts that are not empty")
+    if len(choices) < 2 or len(set(choices)) < len(choices):
+        raise UserError(f"choices must be two or more different texts, not {choices}")
+    if isinstance(answer, str) and answer in choices:
+        answer = choices.index(answer)
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise UserError(f"answer must be one of the choices or its number from 0, not {answer!r}")
+    return Question(context, tuple(choices), answer)
+
+
+def is_right(scorer: Scorer, questions: Sequence[Question], *, ranking: str = "ppl") -> list[bool]:
+    """Whether a model ranks the right choice first, question by question.
+
+    Args:
+        scorer: the model.
+        questions: what it is asked.
+        ranking: one of `RANKINGS`. Of equal choices the first counts.
+
+    Raises:
+        UserError: the ranking is unknown, or a choice is longer than the model reads.
+    """
+    if ranking not in RANKINGS:
+        raise UserError(f"no ranking {ranking!r}; there are {', '.join(RANKINGS)}")
+    pairs = [
+        scorer.encode_pair(question.context, choice)
+        for question in questions
+        for choice in question.choices
+    ]
+    if ranking == "ppl":
+        # The whole text counts, but for what it begins with.
+        pairs = [([scorer.start_id], _whole(pair, scorer)) for pair in pairs]
+    scores = iter(scorer.score(pairs))
+    return [_best(question.choices, scores, ranking) == question.answer for question in questions]
+
+
+def _whole(pair: tuple[list[int], list[int]], scorer: Scorer) -> list[int]:
+    context, choice = pair
+    text = [*context, *choice]
+    text = text[1:] if text[0] == scorer.start_id else text
+    return text[-scorer.max_length :]
+
+
+def _best(choices: Sequence[str], scores: Iterator[Score], ranking: str) -> int:
+    values = []
+    for choice in choices:
+        score = next(scores)
+        count = {"sum": 1, "byte": len(choice.encode())}.get(ranking, score.num_tokens)
+        values.append(score.log_likelihood / count)
+    return max(range(len(values)), key=values.__getitem__)

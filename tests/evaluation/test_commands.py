@@ -1,0 +1,81 @@
+"""The commands that evaluate and generate, on a tiny model on disk."""
+
+import io
+import json
+
+import pytest
+import tokenizers
+
+from aquila_jax import cli, save_hf
+
+LETTERS = [chr(i) for i in range(ord("A"), ord("A") + 26)] + [" ", "\n", ".", "?"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tiny, random_params):
+    """Two models with one tokenizer."""
+    root = tmp_path_factory.mktemp("models")
+    vocabulary = {"<end>": 0, **{letter: i for i, letter in enumerate(LETTERS, start=1)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.add_special_tokens(["<end>"])
+    for seed, name in enumerate(("one", "two")):
+        save_hf(random_params(tiny, seed=seed), tiny, root / name, dtype="float32")
+        tokenizer.save(str(root / name / "tokenizer.json"))
+        settings = {"eos_token": "<end>", "chat_template": "{{ messages[-1].content }}?"}
+        (root / name / "tokenizer_config.json").write_text(json.dumps(settings))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _in_its_directory(models, monkeypatch):
+    monkeypatch.chdir(models)
+    question = {"context": "Q?", "choices": [" YES", " NO"], "answer": 0}
+    (models / "task.jsonl").write_text(f"{json.dumps(question)}\n" * 3)
+    (models / "text.txt").write_text("A LINE OF TEXT.\n" * 300)
+
+
+def output(capsys, *arguments):
+    assert cli.main(list(arguments)) == 0
+    return [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+
+
+def test_eval_prints_texts_and_tasks(capsys):
+    rows = output(capsys, "eval", "one", "--text", "en=text.txt", "--task", "task.jsonl")
+    assert rows[1][:3] == ["en", "4800", "4800"]
+    assert 2 ** (float(rows[1][5])) == pytest.approx(float(rows[1][4]), rel=1e-3)
+    assert rows[3][:2] == ["task", "3"]
+    assert rows[3][2] in ("0.0000", "1.0000")
+
+
+def test_compare_gives_a_verdict_for_each_task(capsys):
+    rows = output(capsys, "compare", "one", "two", "one", "--text", "text.txt", "--limit", "2")
+    assert [row[0] for row in rows if row[0].startswith("#")] == ["# one -> two", "# two -> one"]
+    first, back = (row for row in rows if row[0] == "text, bits per byte")
+    assert {first[5], back[5]} == {"better", "worse"}
+    assert float(first[3]) == pytest.approx(-float(back[3]))
+
+
+def test_generate_and_chat(capsys, monkeypatch):
+    (row,) = output(capsys, "generate", "one", "--prompt", "HI", "--max_new_tokens", "4")[:1]
+    assert row[0]
+    monkeypatch.setattr("sys.stdin", io.StringIO("HI\n\n/exit\nNOT READ\n"))
+    assert output(capsys, "chat", "one", "--max_new_tokens", "4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["eval"], "a MODEL, or a --gin_file"),
+        (["eval", "one"], "nothing to measure on"),
+        (["eval", "one", "--text", "a=text.txt", "--text", "a=text.txt"], "two files"),
+        (["eval", "one", "--task", "absent.jsonl"], "data of a task is absent"),
+        (["compare", "one", "--text", "text.txt"], "two models"),
+        (["generate", "one", "--prompt", "A" * 40], "40 tokens leaves no room"),
+        (["generate", "absent", "--prompt", "A"], "absent"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, arguments, says):
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
