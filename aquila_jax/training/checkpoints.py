@@ -165,7 +165,7 @@ class Checkpoints:
         kept = f"step {latest} is kept" if latest is not None else "there is none"
         return (
             f"could not save a checkpoint of step {self._failed_step} under {self._directory} "
-            f"({_first_line(error)}); last good one: {kept}"
+            f"({_disk_words(error)}); last good one: {kept}"
         )
 
     def wait(self) -> None:
@@ -353,6 +353,15 @@ def _describe_leaves(tree: Any) -> dict[str, str]:
 
 def _is_of_the_disk(error: BaseException) -> bool:
     return isinstance(error, OSError) or any(words in str(error) for words in _DISK_PROBLEMS)
+
+
+def _disk_words(error: BaseException) -> str:
+    """What the file system refused, in the system's words where the error has them.
+
+    TensorStore puts them behind a path that may be longer than a line.
+    """
+    named = (words for words in _DISK_PROBLEMS if words in str(error))
+    return next(named, _first_line(error))
 
 
 def _first_line(error: BaseException) -> str:
