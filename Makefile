@@ -4,6 +4,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3.11
+# The newest JAX needs a newer Python; both stacks are in the one lock file.
+PYTHON_NEWEST ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
@@ -25,13 +27,13 @@ SETUP_FAILED = { echo "error: could not install from $(1): see the message above
 # The paper's three stages and the control, oldest first.
 STAGES := 1_dense 2_scale_up 3_scale_out control
 
-.PHONY: help demo test test-parity bench-growth soak lint check format lock clean
+.PHONY: help demo test test-newest test-parity bench-growth soak lint check format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 $(VENV)/installed: requirements/bootstrap.lock requirements.lock pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found: install Python 3.11, or name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) --version >/dev/null 2>&1 || { echo "error: $(PYTHON) does not run: install it, or name a Python of that version with PYTHON=... (PYTHON_NEWEST=... for test-newest)" >&2; exit 1; }
 	@echo "setting up $(VENV) (about a minute, once)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/bootstrap.lock || $(call SETUP_FAILED,requirements/bootstrap.lock)
@@ -66,6 +68,9 @@ demo: $(VENV)/installed $(TEXT_DIR)/installed ## grow a small model through all 
 test: $(VENV)/installed $(TEXT_DIR)/installed $(MODELS_DIR)/installed ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
+test-newest: ## run the tests with Python 3.12 and the newest JAX, in an environment of their own
+	@$(MAKE) test VENV=.venv-newest PYTHON=$(PYTHON_NEWEST)
+
 test-parity: $(PARITY)/installed ## compare with transformers, in an environment of its own
 	$(PARITY)/bin/python -m pytest tests/parity
 
@@ -93,4 +98,4 @@ lock: $(VENV)/installed ## resolve the dependencies anew
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --override requirements/overrides.txt --extra data --extra gguf --extra tpu --extra dev pyproject.toml -o requirements.lock
 
 clean: ## remove the environments, the text, the model and the demonstration's runs
-	rm -rf $(VENV) $(PARITY) $(TEXT_DIR) $(MODELS_DIR) $(RUNS)
+	rm -rf $(VENV) .venv-newest $(PARITY) $(TEXT_DIR) $(MODELS_DIR) $(RUNS)

@@ -72,7 +72,9 @@ def test_what_is_no_tokenizer_is_refused(llama, tmp_path):
     with pytest.raises(UserError, match="no tokenizer at"):
         open_tokenizer(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no tokenizer.json, and of sentencepiece models .* none"):
+    with pytest.raises(
+        UserError, match=r"holds no tokenizer\.json, and of sentencepiece models .* none"
+    ):
         open_tokenizer(tmp_path / "empty")
     config = llama / "tokenizer_config.json"
     config.write_text("{")
