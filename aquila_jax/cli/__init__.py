@@ -7,10 +7,12 @@
     aquila generate MODEL [--prompt TEXT]
     aquila chat MODEL
     aquila convert --from MODEL --to DIR [--to_checkpoint]
+    aquila verify MODEL MODEL --text FILE [--with_transformers a|b|both]
     aquila data prepare --to DIR [--text_dir DIR] [--sequence_length N]
 
-A gin file describes one `TrainRun`; see `gin_configs/`. Exit codes: 0 done, 2 a mistake in what
-was asked for (one line says which), 128 + n stopped by signal n after saving.
+A gin file describes one `TrainRun`; see `gin_configs/`. Exit codes: 0 done, 1 two models
+differ (verify), 2 a mistake in what was asked for (one line says which), 128 + n stopped by
+signal n after saving.
 """
 
 import argparse
@@ -19,12 +21,12 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from aquila_jax.cli import compare, convert, data, evaluate, generate, grow, report, train
+from aquila_jax.cli import compare, convert, data, evaluate, generate, grow, report, train, verify
 from aquila_jax.errors import UserError
 
 # In the order in which `aquila --help` lists them. A command's module has `add_to(commands)`, and
 # imports what costs time only when the command runs.
-COMMANDS = (train, grow, evaluate, compare, generate, convert, data, report)
+COMMANDS = (train, grow, evaluate, compare, generate, convert, verify, data, report)
 
 _GIN_FLAG = "--gin."
 _USER_MISTAKE = 2
