@@ -12,6 +12,7 @@ UV := $(BIN)/uv
 TEXT_DIR := data/text
 MODELS_DIR := data/models
 PARITY := .venv-parity
+DOCS := .venv-docs
 RUNS := runs/demo
 
 # Compiled bytecode makes every later start seconds faster.
@@ -27,7 +28,7 @@ SETUP_FAILED = { echo "error: could not install from $(1): see the message above
 # The paper's three stages and the control, oldest first.
 STAGES := 1_dense 2_scale_up 3_scale_out control
 
-.PHONY: help demo test test-newest test-parity bench-growth soak lint check format lock clean
+.PHONY: help demo test test-newest test-parity bench-growth soak docs lint check format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -80,6 +81,14 @@ bench-growth: $(VENV)/installed $(TEXT_DIR)/installed ## compare the growth meth
 soak: $(VENV)/installed ## kill a small lineage 1000 times and compare (about an hour)
 	$(BIN)/python benchmarks/reliability/soak.py --kills 1000
 
+$(DOCS)/installed: requirements/docs.lock $(VENV)/installed
+	@$(PYTHON) -m venv $(DOCS)
+	@$(UV) pip install --quiet --no-deps --require-hashes --python $(DOCS)/bin/python -r requirements/docs.lock || $(call SETUP_FAILED,requirements/docs.lock)
+	@touch $@
+
+docs: $(DOCS)/installed ## build the documentation site into site/, links checked
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
 lint: $(VENV)/installed ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -95,7 +104,8 @@ lock: $(VENV)/installed ## resolve the dependencies anew
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade requirements/bootstrap.in -o requirements/bootstrap.lock
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --no-deps requirements/text.in -o requirements/text.lock
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --no-deps requirements/models.in -o requirements/models.lock
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade requirements/docs.in -o requirements/docs.lock
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --override requirements/overrides.txt --extra data --extra gguf --extra tpu --extra dev pyproject.toml -o requirements.lock
 
 clean: ## remove the environments, the text, the model and the demonstration's runs
-	rm -rf $(VENV) .venv-newest $(PARITY) $(TEXT_DIR) $(MODELS_DIR) $(RUNS)
+	rm -rf $(VENV) .venv-newest $(DOCS) site $(PARITY) $(TEXT_DIR) $(MODELS_DIR) $(RUNS)
