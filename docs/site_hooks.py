@@ -1,4 +1,4 @@
-"""What the site needs beside `docs/`: measured results, to which pages link as the repository has them.
+"""What the site needs beside `docs/`: measured results, which pages link to as the repository does.
 
 Pages are read in the repository as well, so they link to `../benchmarks/...`. On the site those
 files lie under `benchmarks/`.
