@@ -111,6 +111,17 @@ class Parameter:
         return math.prod(axis_size(config, axis) for axis in self.reads)
 
 
+def stack_axes(parameter: Parameter) -> tuple[str, ...]:
+    """The leading axes that stack slices of their own; a router computes with its experts."""
+    computed = (*parameter.reads, *parameter.writes)
+    return tuple(axis for axis in parameter.axes if axis in STACK_AXES and axis not in computed)
+
+
+def is_matrix(parameter: Parameter) -> bool:
+    """Whether inputs are contracted; an embedding is looked up."""
+    return bool(parameter.reads) and VOCAB not in parameter.reads
+
+
 def _gain(*axes: str) -> Parameter:
     return Parameter(axes, is_gain=True)
 

@@ -1,11 +1,17 @@
-"""Files that are either whole or absent."""
+"""Files and directories that are either whole or absent."""
 
 import contextlib
+import fcntl
 import json
 import os
+import shutil
+import socket
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
+
+from aquila_jax.errors import UserError
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -54,3 +60,126 @@ def write_json(path: Path, value: Any) -> None:
 def json_bytes(value: Any) -> bytes:
     """`value` as indented JSON in UTF-8."""
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+class NewDirectory:
+    """A directory that others see whole or not at all, and what a dead process left of one.
+
+    It is made under a hidden name beside its own. A lock beside it, which the operating system
+    lets go of when a process ends, however it ends, tells what is being made from what nobody
+    will finish: the latter is removed, and said so on standard error, when the next process makes
+    a directory of that name. What another host left is only named: its locks may not be seen here.
+
+    Example:
+        >>> directory = NewDirectory("model")  # doctest: +SKIP
+        >>> try:
+        ...     write_text(directory.create() / "file", "text")
+        ...     directory.publish()
+        ... finally:
+        ...     directory.discard()
+
+    Attributes:
+        path: where it will be.
+        partial: where it is made.
+
+    Args:
+        path: where it will be; it must not exist.
+
+    Raises:
+        UserError: it exists.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(os.path.abspath(path))
+        self._prefix = f".{self.path.name}.partial"
+        self.partial = self.path.parent / f"{self._prefix}-{uuid.uuid4().hex}"
+        self._lock_file = self.path.parent / f"{self._prefix}.lock"
+        self._lock = -1
+        self._refuse_existing()
+
+    def create(self) -> Path:
+        """Make the hidden directory, and its parents, and return it.
+
+        Raises:
+            UserError: another process is making a directory of that name.
+            OSError: the file system refuses.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        is_locked = self._take_lock()
+        left_by = _read_holder(self._lock)
+        # Before anything is written: the disk may be full of it.
+        for dead in sorted(self.path.parent.iterdir()):
+            if dead.name.startswith(f"{self._prefix}-") and is_locked:
+                self._clean(dead, left_by)
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, json_bytes({"host": socket.gethostname(), "pid": os.getpid()}), 0)
+        self.partial.mkdir()
+        return self.partial
+
+    def publish(self) -> None:
+        """Give the directory its name, durably.
+
+        Raises:
+            UserError: that name has been taken meanwhile.
+            OSError: the file system refuses.
+        """
+        sync_directory(self.partial)
+        self._refuse_existing()
+        os.rename(self.partial, self.path)
+        sync_directory(self.path.parent)
+
+    def discard(self) -> None:
+        """Remove what was not published, and let go of the name."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+        if self._lock >= 0:
+            # Before it is let go of: whoever opened the file meanwhile sees that it is gone.
+            with contextlib.suppress(OSError):
+                self._lock_file.unlink()
+            os.close(self._lock)
+            self._lock = -1
+
+    def _take_lock(self) -> bool:
+        """Hold the lock file; whether the file system knows of locks."""
+        while True:
+            descriptor = os.open(self._lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            is_locked = True
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = _read_holder(descriptor)
+                os.close(descriptor)
+                raise UserError(
+                    f"{self.path} is being written by process {holder.get('pid', '?')}: wait for "
+                    "it to end or stop it, or write to another directory"
+                ) from error
+            except OSError:
+                is_locked = False
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self._lock_file), os.fstat(descriptor)):
+                    self._lock = descriptor
+                    return is_locked
+            os.close(descriptor)
+
+    def _clean(self, dead: Path, left_by: dict[str, Any]) -> None:
+        host, pid = left_by.get("host", socket.gethostname()), left_by.get("pid", "?")
+        if host != socket.gethostname():
+            print(
+                f"warning: {dead} was left by process {pid} on {host}: remove it if that has ended",
+                file=sys.stderr,
+            )
+            return
+        shutil.rmtree(dead, ignore_errors=True)
+        print(f"warning: removed {dead}, which a process that is gone left", file=sys.stderr)
+
+    def _refuse_existing(self) -> None:
+        if os.path.lexists(self.path):
+            raise UserError(f"{self.path} exists; remove it, or write to another directory")
+
+
+def _read_holder(descriptor: int) -> dict[str, Any]:
+    """What a lock file says; nothing where a crash cut it short."""
+    try:
+        content = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}

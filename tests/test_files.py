@@ -4,7 +4,8 @@ import stat
 
 import pytest
 
-from aquila_jax.files import write_json, write_text
+from aquila_jax import UserError
+from aquila_jax.files import NewDirectory, write_json, write_text
 
 
 def fail(*_args, **_kwargs):
@@ -67,3 +68,66 @@ def test_json_survives_and_stays_readable(tmp_path):
     assert json.loads(path.read_text(encoding="utf-8")) == value
     assert "中文" in path.read_text(encoding="utf-8")
     assert path.read_text(encoding="utf-8").endswith("\n")
+
+
+def test_a_new_directory_is_seen_when_it_is_whole_and_only_then(tmp_path):
+    directory = NewDirectory(tmp_path / "new" / "model")
+    (directory.create() / "file").write_text("text")
+    assert not directory.path.exists()
+    directory.publish()
+    directory.discard()
+    assert os.listdir(tmp_path / "new") == ["model"]
+    assert (directory.path / "file").read_text() == "text"
+    with pytest.raises(UserError, match="model exists; remove it"):
+        NewDirectory(directory.path)
+
+
+def test_what_a_living_process_makes_is_left_alone_and_what_a_dead_one_left_is_not(
+    tmp_path, capsys
+):
+    living = NewDirectory(tmp_path / "model")
+    (living.create() / "file").touch()
+    neighbour = NewDirectory(tmp_path / "model.partial")
+    neighbour.create()
+    other = NewDirectory(tmp_path / "model")
+    with pytest.raises(UserError, match=f"is being written by process {os.getpid()}: wait"):
+        other.create()
+    other.discard()
+    assert (living.partial / "file").exists()
+    # As if the process had been killed: the operating system lets go of the lock.
+    os.close(living._lock)
+    other.create()
+    assert not living.partial.exists()
+    assert neighbour.partial.exists()
+    assert f"warning: removed {living.partial}" in capsys.readouterr().err
+    other.discard()
+    neighbour.discard()
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_another_host_left_is_named_and_kept(tmp_path, capsys, monkeypatch):
+    left = NewDirectory(tmp_path / "model")
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    left.create()
+    monkeypatch.undo()
+    os.close(left._lock)
+    directory = NewDirectory(tmp_path / "model")
+    directory.create()
+    directory.publish()
+    directory.discard()
+    assert left.partial.exists()
+    assert f"{left.partial} was left by process {os.getpid()} on elsewhere" in (
+        capsys.readouterr().err
+    )
+
+
+def test_without_locks_nothing_is_taken_for_dead(tmp_path, monkeypatch):
+    def unsupported(*_args):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    first, second = NewDirectory(tmp_path / "model"), NewDirectory(tmp_path / "model")
+    first.create()
+    second.create()
+    assert first.partial.exists()
+    assert second.partial.exists()

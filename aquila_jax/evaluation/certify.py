@@ -10,7 +10,8 @@ from jax.typing import ArrayLike, DTypeLike
 from aquila_jax.config import ModelConfig
 from aquila_jax.errors import UserError
 from aquila_jax.growth import Certificate, GrowthResult
-from aquila_jax.growth.certificate import Measurement, content_hash
+from aquila_jax.growth.certificate import Measurement
+from aquila_jax.growth.content import content_hash
 from aquila_jax.nn import Transformer
 
 
@@ -56,8 +57,8 @@ def certify(
         raise UserError(f"token {largest} is outside the source's vocabulary {config.vocab_size}")
     return dataclasses.replace(
         grown.certificate,
-        source_hash=content_hash(params),
-        target_hash=content_hash(grown.params),
+        source_hash=content_hash(params, config),
+        target_hash=content_hash(grown.params, grown.config),
         measured=measure((params, config), (grown.params, grown.config), tokens, dtype=dtype),
     )
 

@@ -1,7 +1,6 @@
 """What a growth did, leaf by leaf, in a form that can be kept beside a checkpoint."""
 
 import dataclasses
-import hashlib
 import html
 import math
 from collections.abc import Mapping
@@ -143,19 +142,6 @@ class Certificate:
                 f"{seen.max_logit_difference:.3g}"
             )
         return facts
-
-
-def content_hash(params: Mapping[str, Any]) -> str:
-    """A digest of every leaf's path, shape, dtype and values, whatever the order of the dicts.
-
-    Copies leaf by leaf to the host.
-    """
-    digest = hashlib.sha256()
-    for path, leaf in sorted(axes.flatten(params).items()):
-        values = np.ascontiguousarray(leaf)
-        digest.update(f"{path} {values.shape} {values.dtype}".encode())
-        digest.update(values.view(np.uint8).data)
-    return digest.hexdigest()[:16]
 
 
 def certificate_of(

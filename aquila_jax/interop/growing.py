@@ -15,9 +15,11 @@ from aquila_jax.config import ModelConfig
 from aquila_jax.errors import UserError
 from aquila_jax.growth import Certificate, ScaleOut, ScaleUp
 from aquila_jax.growth.compose import Plan
+from aquila_jax.growth.content import Content, digest, outputs_first
 from aquila_jax.growth.rules import Mapped
+from aquila_jax.interop import arrays
 from aquila_jax.interop.directory import Directory
-from aquila_jax.interop.layout import Slice, slices, stack_axes
+from aquila_jax.interop.layout import Slice, slices
 from aquila_jax.interop.writer import MAX_SHARD_BYTES, Writer
 
 CERTIFICATE_FILE = "certificate.json"
@@ -78,7 +80,7 @@ def grow_files(
         progress: called with the bytes written so far and in all, after every tensor.
 
     Returns:
-        The growth's certificate.
+        The growth's certificate, with the content hashes of both models, taken on the way.
 
     Raises:
         UserError: the source is damaged or holds NaN or Inf, the target cannot be reached from
@@ -94,17 +96,22 @@ def grow_files(
     items = list(_work(plan, opened.config, target_config))
     if opened.whole_leaves:
         items.sort(key=lambda item: item[0].path)
-    writer = Writer(
-        target, target_config, dtype=dtype, max_shard_bytes=max_shard_bytes, copy_from=companions
-    )
+    content = Content(target_config)
+    options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "copy_from": companions}
+    writer = Writer(target, target_config, **options, content=content)
     total, done = sum(certificate.num_bytes(leaf) for leaf in certificate.leaves), 0
-
     with writer:
-        writer.add_file(CERTIFICATE_FILE, files.json_bytes(certificate.to_dict()))
         for written in _write_all(items, tensors, writer):
-            done += written * np.dtype(dtype).itemsize
+            done += written * writer.dtype.itemsize
             if progress is not None:
                 progress(done, total)
+        leaf_dtypes = dict.fromkeys(axes.parameters(target_config), dtype)
+        hashes = {
+            "source_hash": tensors.source_hash(),
+            "target_hash": content.hexdigest(leaf_dtypes),
+        }
+        certificate = dataclasses.replace(certificate, **hashes)
+        writer.add_file(CERTIFICATE_FILE, files.json_bytes(certificate.to_dict()))
     return certificate
 
 
@@ -115,9 +122,10 @@ def _write_all(
 
     def write(item: Slice, equal: range | None) -> int:
         written = 0
-        for expert, array in tensors.build(item, is_copied=equal is not None):
+        for expert, array, known in tensors.build(item, is_copied=equal is not None):
             numbers = expert if equal is None else equal
-            writer.write(item.path, array, layer=item.layer, experts=numbers)
+            known = known if array.dtype == writer.dtype else None
+            writer.write(item.path, array, layer=item.layer, experts=numbers, digest=known)
             written += array.size * (1 if equal is None else len(equal))
         return written
 
@@ -154,11 +162,29 @@ class _Tensors:
         self._source, self._plan, self._target, self._key = source, plan, target, key
         self._source_parameters = axes.parameters(source.config)
         self._parameters = axes.parameters(target)
+        self._content = Content(source.config)
+        self._dtypes: dict[str, np.dtype] = {}
 
-    def build(self, item: Slice, *, is_copied: bool) -> Iterator[tuple[int | None, np.ndarray]]:
-        """One layer of a leaf, by expert where it has experts and they differ."""
+    def source_hash(self) -> str:
+        """The source's `content_hash`; reads what no leaf of the target was built from."""
+        for path, parameter in self._source_parameters.items():
+            stacked = axes.stack_axes(parameter)
+            for index in np.ndindex(parameter.shape(self._source.config)[: len(stacked)]):
+                if self._content.get(path, index) is None:
+                    number = dict(zip(stacked, index, strict=True))
+                    expert = number.pop(axes.EXPERTS, None)
+                    self._finite(Slice(path, next(iter(number.values()), None), expert))
+        return self._content.hexdigest(self._dtypes)
+
+    def build(
+        self, item: Slice, *, is_copied: bool
+    ) -> Iterator[tuple[int | None, np.ndarray, bytes | None]]:
+        """One layer of a leaf, by expert where it has experts and they differ.
+
+        With the array comes its digest, where it is one that was read.
+        """
         rule, parameter = self._plan[item.path], self._parameters[item.path]
-        used: list[Slice] = []
+        used: list[tuple[Slice, np.ndarray]] = []
         rows = None if item.layer is None else np.array([item.layer])
         if isinstance(rule, Mapped):
             if is_copied:
@@ -168,30 +194,32 @@ class _Tensors:
         else:
             shape = parameter.shape(self._target)
             shape = shape if rows is None else (1, *shape[1:])
-            dtype = self._source.dtype("token_embedder/embedding")
+            dtype = self._dtype("token_embedder/embedding")
             leaf = np.asarray(rule.draw(shape, dtype, item.path, self._key, rows))
         leaf = np.asarray(leaf if rows is None else leaf[0])
-        if is_copied or axes.EXPERTS not in stack_axes(parameter):
-            yield None, leaf
+        if is_copied or axes.EXPERTS not in axes.stack_axes(parameter):
+            yield None, leaf, self._known_digest(leaf, used)
         else:
-            yield from enumerate(leaf)
+            yield from ((expert, one, None) for expert, one in enumerate(leaf))
         # What was built may be a view of what was read, and has been written by now.
-        for part in used:
+        for part, _ in used:
             self._source.release(part.path, part.layer, part.expert)
 
-    def _reader(self, path: str, used: list[Slice]) -> Callable[[np.ndarray | None], np.ndarray]:
+    def _reader(
+        self, path: str, used: list[tuple[Slice, np.ndarray]]
+    ) -> Callable[[np.ndarray | None], np.ndarray]:
         """Reads layers of a source leaf, stacked, its experts too, and notes them in `used`."""
-        stacked = stack_axes(self._source_parameters[path])
+        stacked = axes.stack_axes(self._source_parameters[path])
+
+        def read_slice(item: Slice) -> np.ndarray:
+            used.append((item, self._finite(item)))
+            return used[-1][1]
 
         def read_one(layer: int | None) -> np.ndarray:
             if axes.EXPERTS not in stacked:
-                used.append(Slice(path, layer))
-                return self._finite(used[-1])
-            experts = [
-                Slice(path, layer, expert) for expert in range(self._source.config.num_experts)
-            ]
-            used.extend(experts)
-            return np.stack([self._finite(expert) for expert in experts])
+                return read_slice(Slice(path, layer))
+            experts = range(self._source.config.num_experts)
+            return np.stack([read_slice(Slice(path, layer, expert)) for expert in experts])
 
         def read(layers: np.ndarray | None) -> np.ndarray:
             if layers is None:
@@ -203,7 +231,7 @@ class _Tensors:
         return read
 
     def _finite(self, item: Slice) -> np.ndarray:
-        """A slice, refused where it holds NaN or Inf: growth would spread it."""
+        """A slice, hashed, and refused where it holds NaN or Inf: growth would spread it."""
         array = self._source.read(item.path, item.layer, item.expert)
         if not is_finite(array):
             where = "" if item.layer is None else f" of layer {item.layer}"
@@ -212,7 +240,29 @@ class _Tensors:
                 f"{item.path}{where} holds NaN or Inf: the source is damaged; grow from an earlier "
                 "one"
             )
+        if self._content.get(item.path, item.index) is None:
+            ordered = outputs_first(array, self._source_parameters[item.path])
+            # A leaf whose tensors are of two types is one of the wider.
+            wide = arrays.convert(ordered, self._dtype(item.path))
+            self._content.add(item.path, item.index, digest(wide))
         return array
+
+    def _dtype(self, path: str) -> np.dtype:
+        """The dtype of a source leaf, asked for once: some sources read the leaf for it."""
+        if path not in self._dtypes:
+            self._dtypes[path] = self._source.dtype(path)
+        return self._dtypes[path]
+
+    def _known_digest(
+        self, leaf: np.ndarray, used: Sequence[tuple[Slice, np.ndarray]]
+    ) -> bytes | None:
+        """The digest of a leaf that is a slice that was read, where it lies."""
+        for item, array in used:
+            same = leaf.__array_interface__["data"] == array.__array_interface__["data"]
+            layout = (array.shape, array.strides, array.dtype)
+            if same and (leaf.shape, leaf.strides, leaf.dtype) == layout:
+                return self._content.get(item.path, item.index)
+        return None
 
 
 def is_finite(array: np.ndarray) -> bool:

@@ -104,7 +104,7 @@ def _read_block(
     parameter = axes.parameters(directory.config)[path]
     shape = parameter.shape(directory.config)
     spans = [range(size)[part] for size, part in zip(shape, index, strict=True)]
-    num_stacked = len(layout.stack_axes(parameter))
+    num_stacked = len(axes.stack_axes(parameter))
     stacked, rest = spans[:num_stacked], index[num_stacked:]
     block = arrays.empty([len(span) for span in spans], dtype)
 

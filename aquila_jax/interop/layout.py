@@ -92,43 +92,30 @@ def names(config: ModelConfig) -> Mapping[str, str]:
     return types.MappingProxyType({**_NAMES, **(experts if config.is_moe else {})})
 
 
-def stack_axes(parameter: Parameter) -> tuple[str, ...]:
-    """The leading axes of a leaf that are unrolled on disk; a router's experts are not."""
-    computed = (*parameter.reads, *parameter.writes)
-    return tuple(
-        axis for axis in parameter.axes if axis in axes.STACK_AXES and axis not in computed
-    )
-
-
 def slice_shape(parameter: Parameter, config: ModelConfig) -> tuple[int, ...]:
     """The shape of one slice in our layout."""
-    return parameter.shape(config)[len(stack_axes(parameter)) :]
+    return parameter.shape(config)[len(axes.stack_axes(parameter)) :]
 
 
 def file_shape(parameter: Parameter, config: ModelConfig) -> tuple[int, ...]:
     """The shape of one slice on disk: heads joined, and outputs before inputs."""
     shape, num_inputs = slice_shape(parameter, config), len(parameter.reads)
     inputs, outputs = math.prod(shape[:num_inputs]), math.prod(shape[num_inputs:])
-    if _is_matrix(parameter):
+    if axes.is_matrix(parameter):
         return (outputs, inputs)
     return (inputs, outputs) if parameter.reads else (outputs,)
 
 
 def from_file(array: np.ndarray, parameter: Parameter, config: ModelConfig) -> np.ndarray:
     """A tensor in the layout of files as a view in ours."""
-    array = array.T if _is_matrix(parameter) else array
+    array = array.T if axes.is_matrix(parameter) else array
     return array.reshape(slice_shape(parameter, config))
 
 
 def to_file(array: np.ndarray, parameter: Parameter, config: ModelConfig) -> np.ndarray:
     """The inverse of `from_file`; a view where the array's strides allow it."""
     shape = file_shape(parameter, config)
-    return array.reshape(shape[::-1]).T if _is_matrix(parameter) else array.reshape(shape)
-
-
-def _is_matrix(parameter: Parameter) -> bool:
-    """Whether inputs are contracted; an embedding is looked up, and is the same on both sides."""
-    return bool(parameter.reads) and axes.VOCAB not in parameter.reads
+    return array.reshape(shape[::-1]).T if axes.is_matrix(parameter) else array.reshape(shape)
 
 
 @functools.lru_cache(maxsize=8)
@@ -163,7 +150,7 @@ def _slices_at(config: ModelConfig, path: str, parameter: Parameter, depth: int)
     """What one layer has of a leaf: nothing, one slice, or one of every expert."""
     depths = axes.layers_of(config, parameter.axes[0])
     if depth in depths:
-        is_unrolled = axes.EXPERTS in stack_axes(parameter)
+        is_unrolled = axes.EXPERTS in axes.stack_axes(parameter)
         for expert in range(config.num_experts) if is_unrolled else [None]:
             yield Slice(path, depths.index(depth), expert)
 
@@ -184,7 +171,7 @@ def checked_name(config: ModelConfig, item: Slice) -> str:
     parameter = axes.parameters(config).get(item.path)
     if parameter is None:
         raise ValueError(f"a model of {config} has no {item.path!r}")
-    stacked = stack_axes(parameter)
+    stacked = axes.stack_axes(parameter)
     layers = next((axis for axis in stacked if axis in axes.LAYER_AXES), axes.LAYERS)
     for axis, index in {layers: item.layer, axes.EXPERTS: item.expert}.items():
         size = axes.axis_size(config, axis) if axis in stacked else 0

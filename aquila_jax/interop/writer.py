@@ -5,7 +5,6 @@ import errno
 import os
 import shutil
 import threading
-import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,8 @@ from jax.typing import DTypeLike
 from aquila_jax import axes, files
 from aquila_jax.config import ModelConfig
 from aquila_jax.errors import UserError
+from aquila_jax.growth.content import Content
+from aquila_jax.growth.content import digest as digest_of
 from aquila_jax.interop import arrays, layout
 from aquila_jax.interop.directory import INDEX_FILE, SINGLE_FILE
 from aquila_jax.interop.families import CONFIG_FILE, to_hub
@@ -103,11 +104,12 @@ class Writer:
             gets a file of its own.
         copy_from: a directory whose tokenizer, generation configuration and chat template are
             copied, and whose `config.json` says which tokens begin, end and pad a text.
+        content: takes the digests of what is written; None where nobody asks for them.
 
     Raises:
-        UserError: `path` exists or cannot be written, the space does not suffice, no Hugging
-            Face family can express `config`, or an argument is none of the above. Raised at the
-            latest at the end of the block.
+        UserError: `path` exists, is being written by another process or cannot be written, the
+            space does not suffice, no Hugging Face family can express `config`, or an argument is
+            none of the above. Raised at the latest at the end of the block.
         ValueError: the block ended without an error but before every tensor was written.
     """
 
@@ -119,20 +121,22 @@ class Writer:
         dtype: DTypeLike = "bfloat16",
         max_shard_bytes: int = MAX_SHARD_BYTES,
         copy_from: str | Path | None = None,
+        content: Content | None = None,
     ) -> None:
-        self.path = Path(os.path.abspath(path))
+        self._directory = files.NewDirectory(path)
+        self.path = self._directory.path
         self.config = config
-        self._dtype = arrays.float_dtype(dtype)
+        self.dtype = arrays.float_dtype(dtype)
         self._copy_from = None if copy_from is None else Path(copy_from)
         if self._copy_from is not None and not self._copy_from.is_dir():
             raise UserError(f"copy_from {self._copy_from} is no directory")
         if max_shard_bytes < 1:
             raise UserError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
-        self._refuse_existing()
-        self._hub = to_hub(config, self._dtype.name, self._copy_from)
+        self._hub = to_hub(config, self.dtype.name, self._copy_from)
         self._parameters = axes.parameters(config)
         self._shards, self._places = self._plan(max_shard_bytes)
-        self._partial = self.path.parent / f".{self.path.name}.partial-{uuid.uuid4().hex}"
+        self._partial = self._directory.partial
+        self._content = content
         self._unwritten = set(self._places)
         self._lock = threading.Lock()
         self._syncing: list[Future[None]] = []
@@ -146,6 +150,7 @@ class Writer:
         *,
         layer: int | None = None,
         experts: int | Iterable[int] | None = None,
+        digest: bytes | None = None,
     ) -> None:
         """Write one slice of a leaf.
 
@@ -155,6 +160,7 @@ class Writer:
             layer: which layer, for a leaf that has layers.
             experts: which expert it is, for the weights of experts; several to write the same
                 bytes for each of them.
+            digest: `growth.content.digest` of what will be in the file, where it is known.
 
         Raises:
             UserError: the disk refuses, or a value does not fit into float16.
@@ -171,13 +177,17 @@ class Writer:
                 f"{path} is {layout.slice_shape(parameter, self.config)} a slice, not {array.shape}"
             )
         matrix = arrays.contiguous(layout.to_file(array, parameter, self.config))
-        content = arrays.convert(matrix, self._dtype)
-        if self._dtype == arrays.FLOAT16 and array.dtype != self._dtype:
+        content = arrays.convert(matrix, self.dtype)
+        if self.dtype == arrays.FLOAT16 and array.dtype != self.dtype:
             _check_range(content, matrix, names[0])
         with self._lock:
             if again := [name for name in names if name not in self._unwritten]:
                 raise ValueError(f"{', '.join(again)} is written already")
             self._unwritten.difference_update(names)
+        if self._content is not None:
+            digest = digest_of(content) if digest is None else digest
+            for expert in numbers:
+                self._content.add(path, layout.Slice(path, layer, expert).index, digest)
         for name in names:
             shard, offset = self._places[name]
             with _refusals(self.path):
@@ -195,16 +205,15 @@ class Writer:
 
     def __enter__(self) -> Self:
         needed = sum(shard.size for shard in self._shards)
-        with _refusals(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.path.parent).free
-        if free < needed:
-            raise UserError(
-                f"{self.path} needs {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free there"
-            )
         try:
             with _refusals(self.path):
-                self._partial.mkdir()
+                self._directory.create()
+                free = shutil.disk_usage(self._partial).free
+                if free < needed:
+                    raise UserError(
+                        f"{self.path} needs {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are "
+                        "free there"
+                    )
                 for shard in self._shards:
                     shard.create(self._partial)
         except BaseException:
@@ -230,7 +239,7 @@ class Writer:
         filled = 0
         for name, item in layout.slices(self.config).items():
             shape = layout.file_shape(self._parameters[item.path], self.config)
-            num_bytes = int(np.prod(shape)) * self._dtype.itemsize
+            num_bytes = int(np.prod(shape)) * self.dtype.itemsize
             if groups[-1] and filled + num_bytes > max_bytes:
                 groups.append({})
                 filled = 0
@@ -240,7 +249,7 @@ class Writer:
         places: dict[str, tuple[_Shard, int]] = {}
         for number, group in enumerate(groups, start=1):
             numbered = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-            header, entries = plan_file(group, self._dtype)
+            header, entries = plan_file(group, self.dtype)
             size = max(entry.offset + entry.num_bytes for entry in entries.values())
             name = SINGLE_FILE if len(groups) == 1 else numbered
             shards.append(_Shard(name, header, size, len(group)))
@@ -264,10 +273,7 @@ class Writer:
             if len(self._shards) > 1:
                 files.write_json(self._partial / INDEX_FILE, self._index())
             files.write_json(self._partial / CONFIG_FILE, self._hub)
-            files.sync_directory(self._partial)
-            self._refuse_existing()
-            os.rename(self._partial, self.path)
-            files.sync_directory(self.path.parent)
+            self._directory.publish()
 
     def _index(self) -> dict[str, Any]:
         weight_map = {name: shard.name for name, (shard, _) in self._places.items()}
@@ -287,11 +293,7 @@ class Writer:
         self._background.shutdown(cancel_futures=True)
         for shard in self._shards:
             shard.close()
-        shutil.rmtree(self._partial, ignore_errors=True)
-
-    def _refuse_existing(self) -> None:
-        if os.path.lexists(self.path):
-            raise UserError(f"{self.path} exists; remove it, or write to another directory")
+        self._directory.discard()
 
 
 @contextlib.contextmanager

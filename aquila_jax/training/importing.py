@@ -1,12 +1,10 @@
 """A model from elsewhere as the first checkpoint of a MODEL_DIR, for runs to begin with."""
 
-import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from aquila_jax import files
 from aquila_jax.config import ModelConfig
 from aquila_jax.errors import UserError
 from aquila_jax.training.checkpoints import Checkpoints
@@ -27,21 +25,17 @@ def save_as_parent(params: Mapping[str, Any], config: ModelConfig, model_dir: st
     Raises:
         UserError: it exists or cannot be written.
     """
-    path = Path(os.path.abspath(model_dir))
-    if os.path.lexists(path):
-        raise UserError(f"{path} exists; remove it, or write to another directory")
-    partial = path.parent / f".{path.name}.partial-{uuid.uuid4().hex}"
+    directory = files.NewDirectory(model_dir)
     meta = {
         "config": config.to_dict(),
         "ledger": Ledger(()).to_dict(),
         "data": {"vocabulary": None, "order": None},
     }
     try:
-        partial.mkdir(parents=True)
-        with Checkpoints(partial) as checkpoints:
+        with Checkpoints(directory.create()) as checkpoints:
             checkpoints.save_params(params, meta)
-        os.rename(partial, path)
+        directory.publish()
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise UserError(f"cannot write {directory.path}: {error.strerror}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        directory.discard()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from aquila_jax import UserError, certify, scale_out, scale_up
-from aquila_jax.growth.certificate import content_hash
+from aquila_jax.growth.content import content_hash
 
 TOKENS = np.array([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
 
@@ -59,13 +59,14 @@ def test_a_growth_may_be_the_source_of_the_next(tiny, random_params):
 
 def test_a_hash_sees_every_value_shape_and_type_and_no_order(tiny, random_params):
     params = random_params(tiny)
-    digest = content_hash(params)
+    digest = content_hash(params, tiny)
     turned = dict(reversed(params.items()))
-    assert content_hash(turned) == content_hash(jax.tree.map(jax.numpy.asarray, params)) == digest
+    on_device = jax.tree.map(jax.numpy.asarray, params)
+    assert content_hash(turned, tiny) == content_hash(on_device, tiny) == digest
     changed = random_params(tiny)
     changed["layers"]["mlp"]["up"][1, 2, 3] += 1e-6
-    assert content_hash(changed) != digest
-    assert content_hash(jax.tree.map(np.float16, params)) != digest
+    assert content_hash(changed, tiny) != digest
+    assert content_hash(jax.tree.map(np.float16, params), tiny) != digest
 
 
 def test_a_certificate_can_be_read_as_text_and_in_a_notebook(tiny, random_params):

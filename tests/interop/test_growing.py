@@ -8,9 +8,13 @@ import pytest
 
 from aquila_jax import RopeScaling, UserError, load_hf, save_hf, scale_out, scale_up
 from aquila_jax.axes import flatten
+from aquila_jax.files import json_bytes
 from aquila_jax.growth import ScaleOut, ScaleUp, apply_plan
-from aquila_jax.interop import growing
+from aquila_jax.growth.content import content_hash
+from aquila_jax.interop import growing, writer
 from aquila_jax.interop.growing import grow_files, is_finite
+
+from .conftest import edit_tensors
 
 LARGER = {"embed_dim": 18, "num_heads": 6, "mlp_dim": 33, "num_layers": 5, "vocab_size": 70}
 MIXTURE = {"num_experts": 4, "experts_per_token": 2}
@@ -80,7 +84,14 @@ def test_a_growth_from_disk_to_disk_gives_the_bits_of_one_in_memory(
     plan, expected_certificate = growth.plan(config, target)
     expected = apply_plan(plan, params, target, jax.random.key(growth.seed))
     assert_same_bits(grown, expected)
-    assert certificate == dataclasses.replace(expected_certificate, dtype=dtype)
+    assert certificate == dataclasses.replace(
+        expected_certificate,
+        dtype=dtype,
+        source_hash=content_hash(params, config),
+        target_hash=content_hash(expected, target),
+    )
+    kept = json.loads((tmp_path / "grown" / "certificate.json").read_text())
+    assert kept == json.loads(json_bytes(certificate.to_dict()))
     for name in ("embed_dim", "num_heads", "num_layers", "vocab_size", "num_experts"):
         assert getattr(found, name) == getattr(target, name)
 
@@ -117,6 +128,53 @@ def test_the_certificate_and_the_tokenizer_travel_and_progress_ends_at_the_whole
     assert list(done) == sorted(done)
     written = flatten(load_hf(tmp_path / "grown")[0])
     assert done[-1] == totals[-1] == sum(leaf.nbytes for leaf in written.values())
+
+
+def test_the_hashes_of_leaves_of_two_types_and_of_another_dtype_are_those_of_what_is_loaded(
+    saved, tmp_path
+):
+    path, config = saved("bfloat16")
+
+    def widen(tensors):
+        norm = np.full(12, 0.1, np.float32)
+        tensors["model.layers.1.input_layernorm.weight"] |= {"dtype": "F32", "data": norm.tobytes()}
+
+    shard = next(
+        file for file in path.glob("*.safetensors") if b"layers.1.input" in file.read_bytes()
+    )
+    edit_tensors(shard, widen)
+    target = dataclasses.replace(config, **LARGER)
+    certificate = grow_files(
+        path, tmp_path / "grown", target, ScaleUp("isometric"), dtype="float16"
+    )
+    assert certificate.source_hash == content_hash(*load_hf(path))
+    assert certificate.target_hash == content_hash(*load_hf(tmp_path / "grown"))
+
+
+@pytest.mark.parametrize("growth", [ScaleUp("aki_pro"), ScaleOut()], ids=str)
+def test_no_slice_is_hashed_twice(saved, tmp_path, monkeypatch, growth):
+    path, config = saved()
+    monkeypatch.setattr(growing, "_WORKERS", 1)
+    hashed, real = [], growing.digest
+
+    def digest(content):
+        hashed.append(content.nbytes)
+        return real(content)
+
+    monkeypatch.setattr(growing, "digest", digest)
+    monkeypatch.setattr(writer, "digest_of", digest)
+    changes = MIXTURE if isinstance(growth, ScaleOut) else LARGER
+    target = dataclasses.replace(config, **changes)
+    grow_files(path, tmp_path / "grown", target, growth)
+    size = sum(leaf.nbytes for leaf in flatten(load_hf(path)[0]).values())
+    grown = flatten(load_hf(tmp_path / "grown")[0])
+    # What is copied has the digest of what was read: of a mixture only routers are hashed anew.
+    fresh = (
+        grown["layers/moe/router"].nbytes
+        if isinstance(growth, ScaleOut)
+        else sum(leaf.nbytes for leaf in grown.values())
+    )
+    assert sum(hashed) <= size + fresh
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

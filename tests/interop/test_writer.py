@@ -164,16 +164,19 @@ with Writer(sys.argv[1], config, max_shard_bytes=4000) as writer:
 """
 
 
-def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path, saved):
+def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path, saved, capsys):
     path = tmp_path / "new" / "model"
     done = subprocess.run([sys.executable, "-c", KILLED, path, repr(DENSE.to_dict())], check=False)
     assert done.returncode == 9
-    (left,) = path.parent.iterdir()
+    left, lock = sorted(path.parent.iterdir())
     assert re.fullmatch(r"\.model\.partial-[0-9a-f]{32}", left.name)
+    assert lock.name == ".model.partial.lock"
     with pytest.raises(UserError, match=r"config\.json"):
         Directory(left)
-    # What a dead writer left is in nobody's way.
+    # The next one cleans up.
     assert Directory(saved(name="new/model")).config == DENSE
+    assert os.listdir(path.parent) == ["model"]
+    assert f"warning: removed {left}, which a process that is gone left" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("call", ["pwrite", "fsync", "rename", "ftruncate", "mkdir"])

@@ -1,0 +1,84 @@
+"""Digests of what a model holds, taken whole or slice by slice while it streams by."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from aquila_jax import axes
+from aquila_jax.config import ModelConfig
+
+
+class Content:
+    """Gathers the digests of a model's slices, in any order, from several threads.
+
+    A slice is one layer of a leaf, one expert of one layer, or a leaf that has neither. Its bytes
+    are taken with outputs before inputs, which is how checkpoints lie on disk: a tensor that is
+    read or written can be hashed where it is.
+
+    Args:
+        config: the architecture.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._digests: dict[tuple[str, tuple[int, ...]], bytes] = {}
+
+    def add(self, path: str, index: tuple[int, ...], found: bytes) -> None:
+        """Note the `digest` of the slice of leaf `path` at `index` of its layers and experts."""
+        self._digests[path, index] = found
+
+    def get(self, path: str, index: tuple[int, ...]) -> bytes | None:
+        """What was noted."""
+        return self._digests.get((path, index))
+
+    def hexdigest(self, dtypes: Mapping[str, Any]) -> str:
+        """The model's digest, 16 hexadecimal digits: paths, shapes, dtypes and all values.
+
+        Args:
+            dtypes: of every leaf, by path.
+
+        Raises:
+            KeyError: a slice is missing.
+        """
+        whole = hashlib.sha256()
+        for path, parameter in sorted(axes.parameters(self._config).items()):
+            shape = parameter.shape(self._config)
+            whole.update(f"{path} {shape} {np.dtype(dtypes[path])}".encode())
+            for index in np.ndindex(shape[: len(axes.stack_axes(parameter))]):
+                whole.update(self._digests[path, index])
+        return whole.hexdigest()[:16]
+
+
+def digest(content: np.ndarray) -> bytes:
+    """SHA-256 of an array's bytes in C order, which are not copied where they lie so."""
+    # NumPy copies types that it was taught, as bfloat16, one by one.
+    flat = np.ascontiguousarray(content.view(f"u{content.itemsize}")).reshape(-1)
+    return hashlib.sha256(flat.view(np.uint8).data).digest()
+
+
+def outputs_first(slice_: np.ndarray, parameter: axes.Parameter) -> np.ndarray:
+    """A view of one slice of a leaf whose C order is that of files."""
+    if not axes.is_matrix(parameter):
+        return slice_
+    inputs = range(len(parameter.reads))
+    return slice_.transpose(*range(len(inputs), slice_.ndim), *inputs)
+
+
+def content_hash(params: Mapping[str, Any], config: ModelConfig) -> str:
+    """A digest of every leaf's path, shape, dtype and values, whatever the order of the dicts.
+
+    Growth from disk to disk takes the same one while it streams. Copies leaf by leaf to the host.
+
+    Args:
+        params: nested parameters of `config`.
+        config: the architecture.
+    """
+    content, dtypes = Content(config), {}
+    for path, leaf in axes.flatten(params).items():
+        parameter, values = axes.parameters(config)[path], np.asarray(leaf)
+        dtypes[path] = values.dtype
+        for index in np.ndindex(values.shape[: len(axes.stack_axes(parameter))]):
+            content.add(path, index, digest(outputs_first(values[index], parameter)))
+    return content.hexdigest(dtypes)
