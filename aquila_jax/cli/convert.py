@@ -1,6 +1,7 @@
 """`aquila convert`: a model in another format."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,12 @@ def _convert(arguments: argparse.Namespace, bindings: list[str]) -> int:
             **{name: value for name, value in options.items() if value is not None},
         )
     print(f"{num_parameters(config)}; {arguments.target}")
+    if not any(Path(arguments.target).glob("tokenizer*")):
+        print(
+            f"warning: no tokenizer came with {source}; put the model's tokenizer.json into "
+            f"{arguments.target}",
+            file=sys.stderr,
+        )
     return 0
 
 

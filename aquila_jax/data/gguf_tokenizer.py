@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aquila_jax.errors import UserError
+from aquila_jax.files import json_bytes
 
 GGUF = ".gguf"
 _PREFIX = "tokenizer.ggml."
@@ -129,6 +130,29 @@ def as_tokenizer_json(file: Path) -> tuple[bytes, dict[str, Any]]:
         },
     }
     return json.dumps(content).encode(), _settings(said)
+
+
+def as_files(file: Path) -> dict[str, bytes]:
+    """The tokenizer and chat template of a GGUF file as the files of a Hugging Face directory.
+
+    Returns:
+        Contents by name: `tokenizer.json`, `tokenizer_config.json`, and `generation_config.json`
+        with the ids that begin, end and pad a text.
+
+    Raises:
+        UserError: as `as_tokenizer_json`.
+    """
+    tokenizer, settings = as_tokenizer_json(file)
+    vocabulary = json.loads(tokenizer)["model"]["vocab"]
+    names = [name for name in settings if name in ("bos_token", "eos_token", "pad_token")]
+    ids = {f"{name}_id": vocabulary[settings[name]] for name in names}
+    return {
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": json_bytes(
+            {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
+        ),
+        "generation_config.json": json_bytes(ids),
+    }
 
 
 def _added(number: int, content: str, *, special: bool) -> dict[str, Any]:

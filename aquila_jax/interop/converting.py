@@ -12,9 +12,11 @@ from jax.typing import DTypeLike
 
 from aquila_jax import axes
 from aquila_jax.config import ModelConfig
+from aquila_jax.data.gguf_tokenizer import as_files
+from aquila_jax.errors import UserError
 from aquila_jax.interop import layout
 from aquila_jax.interop.directory import Directory
-from aquila_jax.interop.gguf_file import load_gguf
+from aquila_jax.interop.gguf_file import find_gguf, load_gguf
 from aquila_jax.interop.growing import Source
 from aquila_jax.interop.huggingface import load_hf
 from aquila_jax.interop.writer import MAX_SHARD_BYTES, Writer
@@ -102,8 +104,9 @@ def convert_files(
 ) -> ModelConfig:
     """Write a model as a new Hugging Face directory, in memory for a few tensors at a time.
 
-    `target` appears whole or not at all, with the source's tokenizer files in it. A GGUF source
-    is dequantized whole, in float32.
+    `target` appears whole or not at all, with the source's tokenizer files in it; those inside a
+    GGUF file are written out, where none lie beside it and their kind is known. A GGUF source is
+    dequantized whole, in float32.
 
     Args:
         source: a Hugging Face directory, a GGUF file, or anything that is read like one.
@@ -129,6 +132,17 @@ def convert_files(
         max_shard_bytes=max_shard_bytes,
         copy_from=_companions(source, opened),
     )
+    inside = _tokenizer_inside(source)
+    with writer:
+        _copy_tensors(opened, writer, np.dtype(dtype), progress or (lambda done, total: None))
+        for name, content in inside.items():
+            writer.add_file(name, content)
+    return opened.config
+
+
+def _copy_tensors(
+    opened: Source, writer: Writer, dtype: np.dtype, progress: Callable[[int, int], None]
+) -> None:
     items = list(layout.slices(opened.config).values())
     if opened.whole_leaves:
         items.sort(key=lambda item: item.path)
@@ -137,20 +151,18 @@ def convert_files(
         array = opened.read(item.path, item.layer, item.expert)
         writer.write(item.path, array, layer=item.layer, experts=item.expert)
         opened.release(item.path, item.layer, item.expert)
-        return array.size * np.dtype(dtype).itemsize
+        return array.size * dtype.itemsize
 
-    total, done = num_bytes(opened.config, np.dtype(dtype)), 0
-    with writer, ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as workers:
+    total, done = num_bytes(opened.config, dtype), 0
+    with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as workers:
         futures = [workers.submit(write, item) for item in items]
         try:
             for future in futures:
                 done += future.result()
-                if progress is not None:
-                    progress(done, total)
+                progress(done, total)
         except BaseException:
             workers.shutdown(cancel_futures=True)
             raise
-    return opened.config
 
 
 def num_bytes(config: ModelConfig, dtype: np.dtype) -> int:
@@ -176,3 +188,16 @@ def _companions(source: str | Path | Source, opened: Source) -> Path | None:
     if isinstance(source, str | Path):
         return Path(source) if Path(source).is_dir() else Path(source).parent
     return None
+
+
+def _tokenizer_inside(source: str | Path | Source) -> Mapping[str, bytes]:
+    """The files of a GGUF file's own tokenizer; none where another lies beside it."""
+    if not isinstance(source, str | Path) or not is_gguf(Path(source)):
+        return {}
+    file = find_gguf(Path(source))
+    if any(file.parent.glob("tokenizer*")):
+        return {}
+    try:
+        return as_files(file)
+    except UserError:  # of a kind that is not read; the weights are
+        return {}

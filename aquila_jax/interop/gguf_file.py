@@ -52,7 +52,7 @@ def load_gguf(
         UserError: `gguf` is not installed, the file is damaged, it holds no model of the llama
             architecture, or the model cannot be expressed.
     """
-    file = _find(Path(path))
+    file = find_gguf(Path(path))
     gguf = _import_gguf()
     try:
         reader = gguf.GGUFReader(file)
@@ -88,7 +88,12 @@ def load_gguf(
     return axes.unflatten(params), config
 
 
-def _find(path: Path) -> Path:
+def find_gguf(path: Path) -> Path:
+    """The GGUF file that `path` is, or the one in it.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
     if not path.is_dir():
         if not path.is_file():
             raise UserError(f"there is no file {path}")

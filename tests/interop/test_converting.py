@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import gguf
 import jax
@@ -7,10 +8,12 @@ import pytest
 
 from aquila_jax import UserError, load_hf, save_hf
 from aquila_jax.axes import flatten
+from aquila_jax.data.pretrained_tokenizer import open_tokenizer
 from aquila_jax.interop.converting import Loaded, convert_files, load_any, open_source
 from tests.interop.conftest import CONFIGS, DENSE
 from tests.interop.test_gguf import CONFIG
 from tests.interop.test_gguf import write as write_gguf
+from tests.pretrained import MODEL
 
 
 def assert_equal(tree, other):
@@ -59,6 +62,17 @@ def test_a_gguf_file_becomes_a_directory_with_what_lies_beside_it(tmp_path, rand
         assert_equal(load_hf(target)[0], params)
         assert (target / "tokenizer.json").exists()
     assert_equal(load_any(path)[0], params)
+
+
+@pytest.mark.skipif(not MODEL.exists(), reason="run `make data/models/installed`")
+def test_the_tokenizer_inside_a_pretrained_file_is_written_out(tmp_path):
+    convert_files(MODEL, tmp_path / "new", dtype="bfloat16")
+    inside, written = open_tokenizer(MODEL), open_tokenizer(tmp_path / "new")
+    text = "<|im_start|>user\nIt's 1984, 模型 🦅<|im_end|>\n"
+    assert written.encode(text) == inside.encode(text)
+    assert (written.eos_id, written.bos_id) == (inside.eos_id, inside.bos_id)
+    said = json.loads((tmp_path / "new" / "generation_config.json").read_text())
+    assert said["eos_token_id"] == inside.eos_id
 
 
 def test_a_directory_of_both_formats_is_read_as_hugging_face(saved, random_params):
