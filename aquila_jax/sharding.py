@@ -66,6 +66,21 @@ class MeshShape:
         return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=axis_types, devices=devices)
 
 
+def mesh_shapes(num_devices: int, config: ModelConfig, num_slices: int = 1) -> list[MeshShape]:
+    """Meshes worth trying for a model, those that are likely to send least first.
+
+    Parameters lie over fsdp; experts of a mixture over as many devices as divide them; heads and
+    units over at most eight. Slices are copies.
+    """
+    shapes = []
+    for model in (1, 2, 4, 8):
+        for expert in range(max(config.num_experts, 1), 0, -1):
+            rest, remainder = divmod(num_devices, model * expert * num_slices)
+            if not remainder and max(config.num_experts, 1) % expert == 0:
+                shapes.append(MeshShape(data=num_slices, fsdp=rest, expert=expert, model=model))
+    return shapes
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """A mesh and the rules that place logical axes on it.
@@ -144,6 +159,14 @@ class Layout:
 
     def _shards(self, axis: str) -> int:
         return self._num_devices(self._mesh_axes(axis))
+
+    def sharding(self, logical: Sequence[str | None], name: str = "an array") -> NamedSharding:
+        """Where an array whose dimensions have these logical axes lies.
+
+        Raises:
+            UserError: two dimensions would be split over the same mesh axis.
+        """
+        return NamedSharding(self.mesh, self.spec(logical, name))
 
     def batch(self) -> NamedSharding:
         """The sharding of every `[B, T]` array of a batch."""

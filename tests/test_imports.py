@@ -30,6 +30,7 @@ LAYERS = {
     "training": 3,
     "evaluation": 3,
     "interop": 3,
+    "planning": 3,
     "reports": 3,
     "cli": 4,
     "": 4,

@@ -1,6 +1,7 @@
 """The command line: one module for each command, which says its flags and hands over.
 
     aquila train --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [--dry_run]
+    aquila plan --gin_file=FILE --topology=v5p:4x4x8 [--slices=N] [--what=growth] [--search]
     aquila grow --from DIR --to DIR [--gin_file=GROWTH] [--gin.target.FIELD=VALUE ...]
     aquila eval MODEL [--text FILE ...] [--task FILE ...]
     aquila compare MODEL MODEL ... [--text FILE ...] [--task FILE ...]
@@ -21,12 +22,23 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from aquila_jax.cli import compare, convert, data, evaluate, generate, grow, report, train, verify
+from aquila_jax.cli import (
+    compare,
+    convert,
+    data,
+    evaluate,
+    generate,
+    grow,
+    plan,
+    report,
+    train,
+    verify,
+)
 from aquila_jax.errors import UserError
 
 # In the order in which `aquila --help` lists them. A command's module has `add_to(commands)`, and
 # imports what costs time only when the command runs.
-COMMANDS = (train, grow, evaluate, compare, generate, convert, verify, data, report)
+COMMANDS = (train, plan, grow, evaluate, compare, generate, convert, verify, data, report)
 
 _GIN_FLAG = "--gin."
 _USER_MISTAKE = 2

@@ -6,7 +6,8 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,10 @@ def with_run(
 
 
 def configured_run(
-    gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str] = ()
+    gin_files: Sequence[str],
+    bindings: Sequence[str],
+    search_paths: Sequence[str] = (),
+    unread: Mapping[str, str] = types.MappingProxyType({}),
 ) -> "TrainRun":
     """The run that gin files and bindings describe.
 
@@ -76,13 +80,14 @@ def configured_run(
         gin_files: parsed in order; later bindings win.
         bindings: "NAME=VALUE", parsed last.
         search_paths: looked in after the working directory and before this package's own configs.
+        unread: values for required macros that nobody set, where what they name is not read.
 
     Raises:
         UserError: a file is missing or malformed, a binding is unknown, a required one is
             missing, or the run's settings do not fit each other.
     """
     _register_runs()
-    _parse(gin_files, bindings, search_paths)
+    _parse(gin_files, bindings, search_paths, unread)
     with _one_line_errors():
         gin.finalize()
         return gin.get_configurable("TrainRun")()
@@ -137,7 +142,12 @@ def target(source: "ModelConfig", **changes: Any) -> "ModelConfig":
     return ModelConfig.from_dict({**source.to_dict(), **changes})
 
 
-def _parse(gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]) -> None:
+def _parse(
+    gin_files: Sequence[str],
+    bindings: Sequence[str],
+    search_paths: Sequence[str],
+    unread: Mapping[str, str] = types.MappingProxyType({}),
+) -> None:
     """Read files and bindings into gin's configuration, and check what it would not."""
     gin.clear_config()
     # gin would also take a file's folder for a Python package, import it, and fail where it has no
@@ -148,6 +158,7 @@ def _parse(gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequ
         gin.parse_config_files_and_bindings(list(gin_files), None, finalize_config=False)
         _check_macros(bindings)
         gin.parse_config(list(bindings))
+        gin.parse_config([f"{name} = {unread[name]!r}" for name in _missing() if name in unread])
         _check_required()
 
 
@@ -220,10 +231,14 @@ def _check_macros(bindings: Sequence[str]) -> None:
             raise UserError(f"no macro {name!r} in the gin files; {hint}")
 
 
+def _missing() -> list[str]:
+    """The macros that a file marks as required, and nobody has given."""
+    return [name for name, value in _macros().items() if value.strip() == "%gin.REQUIRED"]
+
+
 def _check_required() -> None:
     """Every macro that a file marks as required has been given."""
-    missing = [name for name, value in _macros().items() if value.strip() == "%gin.REQUIRED"]
-    if missing:
+    if missing := _missing():
         flags = " ".join(f"--gin.{name}=\"'...'\"" for name in missing)
         raise UserError(f"{', '.join(missing)} must be set: add {flags}")
 

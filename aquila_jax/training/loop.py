@@ -24,7 +24,7 @@ from aquila_jax.training.guard import REASONS, all_finite
 from aquila_jax.training.ledger import Ledger
 from aquila_jax.training.lock import lock
 from aquila_jax.training.metrics import SKIPPED_FILE, MetricsWriter, Progress, SkippedBatches
-from aquila_jax.training.run import Compiled, TrainRun, build, place_batch
+from aquila_jax.training.run import Compiled, TrainRun, build, place_batch, with_saved_step
 from aquila_jax.training.signals import stop_on_signal
 from aquila_jax.training.start import Start, begin, read_ledger
 
@@ -72,7 +72,7 @@ def train(run: TrainRun, *, operative_config: str = "") -> Ledger:
             ledger.write(run.path)
             print(f"{run.name}: {run.model_dir} has made all {steps} steps", file=sys.stderr)
             return ledger
-        compiled = build(run, steps)
+        compiled = with_saved_step(run, build(run, steps))
         run.data.prepare()
         with _named_disk_errors(run.path):
             start = begin(run, compiled, checkpoints, steps)

@@ -1,7 +1,7 @@
 """What a training run is: its settings, and the checks that need no parameters."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from aquila_jax.training.keeping import Keep
 from aquila_jax.training.ledger import Ledger, steps_for_flops
 from aquila_jax.training.optimizer import AdamW
 from aquila_jax.training.parent import is_there, open_parent, refuse_moments
+from aquila_jax.training.saved_step import load_step
 from aquila_jax.training.settings import is_covered
 from aquila_jax.training.step import (
     RouterLosses,
@@ -120,6 +121,8 @@ class TrainRun:
             changes the model or the order of the data, as in `("data.seed",)`; a name stands for
             everything below it.
         log_every: steps between rows of training metrics.
+        compiled_step: a file that `aquila plan --save` made: the train step, compiled for these
+            devices; "" compiles it here.
     """
 
     model_dir: str
@@ -150,6 +153,7 @@ class TrainRun:
     guard: Guard = dataclasses.field(default_factory=Guard)
     allow_changes: tuple[str, ...] = ()
     log_every: int = 10
+    compiled_step: str = ""
 
     def __post_init__(self) -> None:
         if not self.model_dir:
@@ -322,13 +326,18 @@ class Compiled:
     abstract: TrainState
 
 
-def build(run: TrainRun, steps: int) -> Compiled:
+def build(run: TrainRun, steps: int, devices: Sequence[Any] | None = None) -> Compiled:
     """The pieces of `run`, with every shape checked.
+
+    Args:
+        run: the settings.
+        steps: updates, for the schedule.
+        devices: to compute on; None for all that are here.
 
     Raises:
         UserError: mesh, sharding or batch do not fit the devices or the model.
     """
-    model, layout = model_on_mesh(run)
+    model, layout = model_on_mesh(run, devices)
     optimizer = run.optimizer.build(steps, axes.parameters(run.model))
     shapes = jax.eval_shape(
         lambda params: new_state(params, optimizer), axes.abstract_params(run.model)
@@ -338,8 +347,29 @@ def build(run: TrainRun, steps: int) -> Compiled:
     return Compiled(model, layout, optimizer, train_step, abstract)
 
 
-def model_on_mesh(run: TrainRun) -> tuple[Transformer, Layout]:
+def with_saved_step(run: TrainRun, compiled: Compiled) -> Compiled:
+    """`compiled` with the train step of `run.compiled_step`, where that is set.
+
+    Raises:
+        UserError: it is not this step, or not for these devices.
+    """
+    if not run.compiled_step:
+        return compiled
+    batch = abstract_batch(run, compiled.layout)
+    lowered = compiled.train_step.lower(compiled.abstract, batch)
+    devices = list(compiled.layout.mesh.devices.flat)
+    step = load_step(Path(run.compiled_step), lowered, devices)
+    return dataclasses.replace(compiled, train_step=step)
+
+
+def model_on_mesh(
+    run: TrainRun, devices: Sequence[Any] | None = None
+) -> tuple[Transformer, Layout]:
     """The decoder of `run`, and where its parameters and batches go.
+
+    Args:
+        run: the settings.
+        devices: to compute on; None for all that are here.
 
     Raises:
         UserError: mesh, sharding rules or batch do not fit the devices.
@@ -349,7 +379,7 @@ def model_on_mesh(run: TrainRun) -> tuple[Transformer, Layout]:
             f"this is one of {jax.process_count()} processes, and a run over several hosts is not "
             "supported yet: run on one host"
         )
-    layout = Layout.of(run.mesh.build(), run.sharding_rules)
+    layout = Layout.of(run.mesh.build(devices), run.sharding_rules)
     if run.data.batch_size % layout.batch_shards:
         raise UserError(
             f"batch_size {run.data.batch_size} does not divide over the {layout.batch_shards} "
@@ -377,6 +407,19 @@ def abstract_params(config: ModelConfig, layout: Layout) -> Any:
         UserError: they do not fit the mesh.
     """
     return placed(axes.abstract_params(config), layout.params(config))
+
+
+def abstract_batch(run: TrainRun, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a batch of `run`."""
+    shape = (run.data.batch_size, run.data.sequence_length)
+    return {
+        name: jax.ShapeDtypeStruct(
+            shape,
+            jnp.float32 if name == "loss_weights" else jnp.int32,
+            sharding=layout.batch(),
+        )
+        for name in ("tokens", "targets", "segment_ids", "positions", "loss_weights")
+    }
 
 
 def place_batch(batch: Mapping[str, np.ndarray], layout: Layout) -> dict[str, jax.Array]:
@@ -408,10 +451,5 @@ def check(run: TrainRun) -> list[str]:
         notes.append(f"match_flops_of {run.match_flops_of} does not exist yet: steps are unknown")
         steps = 1_000_000
     compiled = build(run, steps)
-    shape = (run.data.batch_size, run.data.sequence_length)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "loss_weights" else jnp.int32)
-        for name in ("tokens", "targets", "segment_ids", "positions", "loss_weights")
-    }
-    jax.eval_shape(compiled.train_step, compiled.abstract, batch)
+    jax.eval_shape(compiled.train_step, compiled.abstract, abstract_batch(run, compiled.layout))
     return notes

@@ -9,7 +9,7 @@ from aquila_jax.errors import UserError
 
 # Where a run lies and how it was told to go on is no part of what it computes; steps are compared
 # as the number that they come to.
-_LEFT_OUT = ("model_dir", "allow_changes", "steps", "match_flops_of")
+_LEFT_OUT = ("model_dir", "allow_changes", "steps", "match_flops_of", "compiled_step")
 
 
 def flatten(settings: Any) -> dict[str, Any]:

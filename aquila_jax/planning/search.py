@@ -1,0 +1,93 @@
+"""Meshes, remat and batch sizes tried one after the other; the best few are kept."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+from aquila_jax.errors import UserError
+from aquila_jax.nn.transformer import REMAT_POLICIES
+from aquila_jax.planning.chips import Topology
+from aquila_jax.planning.memory import shard_bytes
+from aquila_jax.planning.plan import Plan, make_plan
+from aquila_jax.planning.topology import devices_of
+from aquila_jax.sharding import MeshShape, mesh_shapes
+from aquila_jax.training.run import TrainRun, build
+
+# From the one that stores least to the one that stores all.
+_REMATS = ("full", *(name for name in REMAT_POLICIES if name not in ("full", "none")), "none")
+_BATCH_FACTORS = (1, 2, 0.5)
+
+
+def search(
+    run: TrainRun,
+    topology: Topology,
+    budget: int,
+    told: Callable[[Plan], None] = lambda plan: None,
+) -> list[Plan]:
+    """Plans of training steps that fit, those of most tokens a day first.
+
+    The run's own mesh, remat and batch come first, then meshes in which its parameters and
+    moments fit, those that send least by rule of thumb first. A remat that stores more is tried
+    only where one that stores less fits.
+
+    Args:
+        run: the settings to vary.
+        topology: where it would run.
+        budget: how many steps to compile at most.
+        told: called with every plan as it is made, also those that do not fit.
+
+    Raises:
+        UserError: no mesh holds the run's state, or nothing fits.
+    """
+    devices = devices_of(topology)
+    plans: list[Plan] = []
+    compiled = 0
+    for shape, batch_size in _candidates(run, topology, devices):
+        for remat in _REMATS:
+            if compiled == budget:
+                return _ranked(plans, compiled)
+            tried = _with(run, shape, batch_size, remat)
+            plan, _, _ = make_plan(tried, topology, devices=devices)
+            compiled += 1
+            told(plan)
+            if not plan.fits:
+                break
+            plans.append(plan)
+    return _ranked(plans, compiled)
+
+
+def _ranked(plans: list[Plan], compiled: int) -> list[Plan]:
+    if not plans:
+        raise UserError(
+            f"none of {compiled} meshes, batches and remats fits: take more chips, or shorter rows"
+        )
+    # Equal bounds: the one that leaves more memory.
+    return sorted(plans, key=lambda plan: (-plan.tokens_per_day, plan.memory.total))
+
+
+def _with(run: TrainRun, shape: MeshShape, batch_size: int, remat: str) -> TrainRun:
+    data = cast(Any, run.data)
+    changed = dataclasses.replace(data, batch_size=batch_size)
+    return dataclasses.replace(run, mesh=shape, data=changed, remat=remat)
+
+
+def _candidates(
+    run: TrainRun, topology: Topology, devices: list[Any]
+) -> Iterator[tuple[MeshShape, int]]:
+    """Meshes and batch sizes in which nothing but activations is left to be checked."""
+    capacity = topology.chip.hbm_bytes / topology.chip.devices
+    shapes = [run.mesh, *mesh_shapes(len(devices), run.model, topology.slices)]
+    sizes = [int(run.data.batch_size * factor) for factor in _BATCH_FACTORS]
+    seen = set()
+    for batch_size in filter(None, sizes):
+        for shape in shapes:
+            try:
+                tried = _with(run, shape, batch_size, run.remat)
+                compiled = build(tried, run.steps or 10**6, devices)
+            except UserError:
+                continue  # does not divide
+            sizes_of_mesh = tuple(compiled.layout.mesh.shape.values())
+            if (sizes_of_mesh, batch_size) in seen or shard_bytes(compiled.abstract) > capacity:
+                continue
+            seen.add((sizes_of_mesh, batch_size))
+            yield shape, batch_size

@@ -1,0 +1,122 @@
+"""Bytes of collectives against closed forms, by hand and as a TPU's compiler schedules them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from aquila_jax.planning import parse_topology
+from aquila_jax.planning.hlo import parse
+from aquila_jax.planning.topology import devices_of
+from aquila_jax.planning.traffic import Collective, traffic_of
+
+ONE_SLICE = np.zeros(8, int)
+TWO_SLICES = np.repeat([0, 1], 4)
+ALL = np.arange(8)[None]
+PAIRS = np.asarray([[n, n + 4] for n in range(4)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "slices", "ici", "dcn"),
+    [
+        ("all-gather", ALL, ONE_SLICE, 700, 0),
+        ("reduce-scatter", ALL, ONE_SLICE, 700, 0),
+        ("all-reduce", ALL, ONE_SLICE, 1400, 0),
+        ("all-to-all", ALL, ONE_SLICE, 700, 0),
+        # Each slice gathers its four, and each chip fetches a quarter of the other slice's half.
+        ("all-gather", ALL, TWO_SLICES, 600, 100),
+        ("all-reduce", ALL, TWO_SLICES, 1200, 200),
+        # Nothing can be shared: four of eight parts are for the other slice.
+        ("all-to-all", ALL, TWO_SLICES, 300, 400),
+        ("all-reduce", PAIRS, TWO_SLICES, 0, 800),
+        ("collective-permute", PAIRS, ONE_SLICE, 800, 0),
+        ("collective-permute", PAIRS, TWO_SLICES, 0, 800),
+    ],
+)
+def test_bytes_sent_by_a_chip(kind, groups, slices, ici, dcn):
+    once = Collective(kind, 800.0, groups, 1, "")
+    assert once.sent(slices) == pytest.approx((ici, dcn))
+    thrice = Collective(kind, 800.0, groups, 3, "")
+    assert thrice.sent(slices) == pytest.approx((3 * ici, 3 * dcn))
+
+
+def test_axes_are_those_along_which_members_differ():
+    shape = [("one", 2), ("two", 2), ("three", 2)]
+    assert Collective("all-gather", 1.0, PAIRS, 1, "").axes(shape) == ("one",)
+    assert Collective("all-gather", 1.0, ALL, 1, "").axes(shape) == ("one", "two", "three")
+    pairs = np.asarray([[0, 3], [1, 2], [4, 7], [5, 6]])
+    assert Collective("all-gather", 1.0, pairs, 1, "").axes(shape) == ("two", "three")
+
+
+def mesh_of_four() -> Mesh:
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
+    devices = np.asarray(devices_of(parse_topology("v5e:2x2"))).reshape(2, 2)
+    return Mesh(devices, ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+
+SIZE, WIDTH, LAYERS = 1024, 512, 3
+WHOLE = SIZE * WIDTH * 4
+
+
+def over_both(x):
+    """In each of three layers: gather over a, scatter over a, exchange over b, reduce over b."""
+
+    def layer(x, _):
+        whole = jax.lax.all_gather(x, "a", axis=0, tiled=True)
+        x = jax.lax.psum_scatter(jnp.sin(whole), "a", scatter_dimension=0, tiled=True)
+        x = jax.lax.all_to_all(jnp.cos(x), "b", split_axis=0, concat_axis=1, tiled=True)
+        x = jax.lax.all_to_all(jnp.tan(x), "b", split_axis=1, concat_axis=0, tiled=True)
+        return jax.lax.psum(jnp.exp(x), "b"), None
+
+    x, _ = jax.lax.scan(layer, x, length=LAYERS)
+    return x
+
+
+def test_a_program_of_known_traffic():
+    mesh = mesh_of_four()
+    spec = PartitionSpec("a")
+    mapped = jax.shard_map(over_both, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    x = jax.ShapeDtypeStruct((SIZE, WIDTH), jnp.float32, sharding=NamedSharding(mesh, spec))
+    text = jax.jit(mapped).lower(x).compile().as_text()
+    traffic = traffic_of(parse(text or ""), 4)
+    sums: dict[tuple[str, tuple[str, ...]], float] = {}
+    for found in traffic.collectives:
+        key = found.kind, found.axes([("a", 2), ("b", 2)])
+        sums[key] = sums.get(key, 0.0) + found.sent(np.zeros(4, int))[0]
+    half = WHOLE // 2  # what a chip holds
+    expected = {
+        ("all-gather", ("a",)): LAYERS * WHOLE / 2,
+        ("reduce-scatter", ("a",)): LAYERS * WHOLE / 2,
+        ("all-to-all", ("b",)): LAYERS * 2 * half / 2,
+        ("all-reduce", ("b",)): LAYERS * half,
+    }
+    assert traffic.unknown_loops == 0
+    assert sums == pytest.approx(expected)
+
+
+@functools.cache
+def gathered_by_the_compiler() -> tuple[float, int]:
+    """ZeRO-3 by GSPMD: a weight in shards, used whole in each of three layers."""
+    mesh = mesh_of_four()
+    rows = NamedSharding(mesh, PartitionSpec(("a", "b")))
+    layers = NamedSharding(mesh, PartitionSpec(None, ("a", "b")))
+
+    def model(x, w):
+        y, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)
+        return y
+
+    x = jax.ShapeDtypeStruct((4096, WIDTH), jnp.bfloat16, sharding=rows)
+    w = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.bfloat16, sharding=layers)
+    compiled = jax.jit(model, out_shardings=rows).lower(x, w).compile()
+    traffic = traffic_of(parse(compiled.as_text() or ""), 4)
+    sent = sum(c.sent(np.zeros(4, int))[0] for c in traffic.collectives)
+    return sent, sum(c.trips for c in traffic.collectives)
+
+
+def test_weights_gathered_in_a_scan_are_sent_once_a_layer():
+    sent, count = gathered_by_the_compiler()
+    assert count == LAYERS
+    assert sent == pytest.approx(LAYERS * WIDTH * WIDTH * 2 * 3 / 4)

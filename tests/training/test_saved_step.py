@@ -1,0 +1,77 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from aquila_jax.errors import UserError
+from aquila_jax.training import train
+from aquila_jax.training.run import abstract_batch, build, with_saved_step
+from aquila_jax.training.saved_step import load_step, save_step
+
+from .synthetic import tiny_run
+
+
+def lowered_step(run):
+    compiled = build(run, run.steps)
+    batch = abstract_batch(run, compiled.layout)
+    lowered = compiled.train_step.lower(compiled.abstract, batch)
+    return compiled, lowered, list(compiled.layout.mesh.devices.flat)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run, and its step compiled and kept."""
+    directory = tmp_path_factory.mktemp("saved")
+    run = tiny_run(directory / "here", steps=4)
+    _, lowered, devices = lowered_step(run)
+    save_step(directory / "step", lowered, lowered.compile(), devices)
+    return run, directory / "step"
+
+
+def losses(run) -> list[float]:
+    rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["split"] == "train"]
+
+
+def test_a_run_with_a_kept_step_trains_as_one_that_compiles(saved, tmp_path, monkeypatch):
+    run, path = saved
+    train(run)
+    there = dataclasses.replace(run, model_dir=str(tmp_path / "there"), compiled_step=str(path))
+    used = []
+    monkeypatch.setattr(
+        "aquila_jax.training.run.load_step",
+        lambda *arguments: used.append(arguments[0]) or load_step(*arguments),
+    )
+    train(there)
+    assert used == [path]
+    assert len(losses(run)) > 1
+    np.testing.assert_array_equal(losses(there), losses(run))
+
+
+def test_another_program_is_refused_with_one_line(saved):
+    run, path = saved
+    other = dataclasses.replace(run, remat="full", compiled_step=str(path))
+    with pytest.raises(UserError, match=r"holds another compiled step: program is \w+ there"):
+        with_saved_step(other, build(other, other.steps))
+
+
+def test_other_devices_and_versions_are_told(saved, monkeypatch):
+    run, path = saved
+    _, lowered, devices = lowered_step(run)
+    with pytest.raises(UserError, match="devices is 8 of cpu there and 4 of cpu here"):
+        load_step(path, lowered, devices[:4])
+    monkeypatch.setattr(jax, "__version__", "9.9")
+    with pytest.raises(UserError, match=r"jax is .* there and 9\.9 here"):
+        load_step(path, lowered, devices)
+
+
+def test_a_file_that_is_absent_or_something_else_is_told(saved, tmp_path):
+    run, _ = saved
+    _, lowered, devices = lowered_step(run)
+    with pytest.raises(UserError, match="no compiled step at"):
+        load_step(tmp_path / "absent", lowered, devices)
+    (tmp_path / "text").write_text("not a step\n")
+    with pytest.raises(UserError, match="is no compiled step"):
+        load_step(tmp_path / "text", lowered, devices)
