@@ -87,7 +87,7 @@ $(DOCS)/installed: requirements/docs.lock $(VENV)/installed
 	@touch $@
 
 docs: $(DOCS)/installed ## build the documentation site into site/, links checked
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 lint: $(VENV)/installed ## check format, lint and types
 	$(BIN)/ruff format --check .

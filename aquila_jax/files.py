@@ -70,7 +70,7 @@ class NewDirectory:
     will finish: the latter is removed, and said so on standard error, when the next process makes
     a directory of that name. What another host left is only named: its locks may not be seen here.
 
-    Example:
+    Examples:
         >>> directory = NewDirectory("model")  # doctest: +SKIP
         >>> try:
         ...     write_text(directory.create() / "file", "text")

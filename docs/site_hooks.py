@@ -12,8 +12,9 @@ from mkdocs.structure.files import File, Files
 
 _ROOT = Path(__file__).parent.parent
 _SUFFIXES = {".md", ".png", ".csv", ".json"}
-# From the root of `docs/` and from its folders.
-_OUTSIDE = re.compile(r"\]\((?P<up>(?:\.\./)+)benchmarks/")
+# A link that leaves `docs/`; from the pages in its folders it climbs once more.
+_OUTSIDE = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<up>(?:\.\./)+)(?P<path>[^)]+)\)")
+_RESULTS = re.compile(r"\]\((?:\.\./)+benchmarks/(?P<path>[^)]+)\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -26,8 +27,17 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links to results lose the step out of `docs/`."""
-    depth = page.file.src_uri.count("/")
+    """Links to results lose the step out of `docs/`; what else lies outside is named instead."""
     if page.file.src_uri.startswith("benchmarks/"):
         return markdown
-    return _OUTSIDE.sub("](" + "../" * depth + "benchmarks/", markdown)
+    depth = page.file.src_uri.count("/")
+
+    def result(link: re.Match[str]) -> str:
+        known = Path(link["path"].partition("#")[0]).suffix in _SUFFIXES
+        return f"]({'../' * depth}benchmarks/{link['path']})" if known else link[0]
+
+    def named(link: re.Match[str]) -> str:
+        leaves = link["up"].count("../") > depth
+        return f"{link['text']} (`{link['path']}`)" if leaves else link[0]
+
+    return _OUTSIDE.sub(named, _RESULTS.sub(result, markdown))

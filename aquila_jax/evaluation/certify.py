@@ -37,7 +37,7 @@ def certify(
     Raises:
         UserError: `tokens` have another shape, or ids that the source does not know.
 
-    Example:
+    Examples:
         >>> import jax, aquila_jax
         >>> config = aquila_jax.preset("toy_dense", vocab_size=64, num_layers=1)
         >>> tokens = jax.random.randint(jax.random.key(0), (1, 8), 0, 64)

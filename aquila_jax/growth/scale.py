@@ -88,7 +88,7 @@ def scale_up(
     Raises:
         UserError: the target cannot be reached, or `params` are not those of `config`.
 
-    Example:
+    Examples:
         >>> from aquila_jax import preset
         >>> source, target = preset("toy_dense"), preset("toy_large")
         >>> from aquila_jax.axes import abstract_params

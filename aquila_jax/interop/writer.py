@@ -91,7 +91,7 @@ class Writer:
     written into a hidden directory beside `path`, which is renamed to `path` when the block ends
     with every tensor written, and removed when it ends otherwise.
 
-    Example:
+    Examples:
         >>> with Writer(path, config, dtype="bfloat16") as writer:  # doctest: +SKIP
         ...     for item in layout.slices(config).values():
         ...         writer.write(item.path, leaf(item), layer=item.layer, experts=item.expert)

@@ -95,7 +95,7 @@ class Transformer(nn.Module):
             `aquila_jax.nn.cache.unroll`. Longer to compile; a step of generation, which reads
             every weight once, need not copy each layer's weights out of a stack.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from aquila_jax import Transformer, preset
         >>> model = Transformer(preset("toy_dense"))
