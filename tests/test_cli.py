@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import pre_tokenizers
 
 from aquila_jax import Transformer, cli, load_hf, preset, save_hf, scale_up
 from aquila_jax.data import write_cache
@@ -27,7 +29,8 @@ REQUIRED = {
 }
 # The paper's batches are split over a pod; any multiple of the test's 8 devices will do.
 RUNNABLE = [path for path in GIN_FILES if path.parent.name in ("runs", "demo")]
-RUNNABLE = [path for path in RUNNABLE if path.name != "common.gin"]
+# One is included by the others, and one needs a model to be there.
+RUNNABLE = [path for path in RUNNABLE if path.name not in ("common.gin", "continue.gin")]
 
 
 def _name(path):
@@ -115,6 +118,26 @@ def test_a_wrong_binding_gives_one_line_that_names_it(arguments, message, capsys
 def test_shapes_that_cannot_grow_give_one_line(arguments, message, capsys):
     stage = "gin_configs/runs/demo/2_scale_up.gin"
     assert message in _error(capsys, "train", f"--gin_file={stage}", "--dry_run", *arguments)
+
+
+def test_a_pretrained_model_is_trained_on_with_its_own_tokenizer(
+    capsys, tmp_path, tiny, random_params
+):
+    config = dataclasses.replace(tiny, context_length=64, vocab_size=264)
+    save_hf(random_params(config), config, tmp_path / "model", dtype="float32")
+    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(alphabet, []))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    sizes = ["--gin.BATCH_SIZE=8", "--gin.SEQUENCE_LENGTH=64", "--gin.VOCAB_SIZE=257"]
+    sizes += ["--gin.MeshShape.fsdp=1", "--gin.MeshShape.data=-1"]
+    flags = ["--gin_file=gin_configs/runs/continue.gin", "--gin.MODEL_DIR='run'", *sizes]
+    assert cli.main(["train", *flags, "--gin.INIT_FROM='model'", "--dry_run"]) == 0
+    captured = capsys.readouterr()
+    assert "note" not in captured.out
+    assert "absent holds no checkpoints" in _error(
+        capsys, "train", *flags, "--gin.INIT_FROM='absent'", "--dry_run"
+    )
 
 
 def test_a_token_cache_takes_the_place_of_text(capsys, tmp_path):

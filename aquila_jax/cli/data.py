@@ -9,7 +9,7 @@ from aquila_jax.cli.command import add_command, refuse_bindings
 # Settings of `TextData` that decide what a cache holds.
 _SETTINGS = (
     ("text_dir", str, "folder the two text packages are unpacked in"),
-    ("tokenizer_path", str, "sentencepiece model; trained where it is absent"),
+    ("tokenizer_path", str, "*.model, trained where it is absent, or a pretrained model's"),
     ("vocab_size", int, "number of ids of the tokenizer"),
     ("sequence_length", int, "tokens of a row"),
 )

@@ -199,6 +199,7 @@ def _register_runs() -> None:
         training.RouterLosses,
         training.TrainRun,
         training.WarmupStableDecay,
+        training.model_of,
     ):
         _register(configurable)
 

@@ -2,8 +2,9 @@
 
 from aquila_jax.data.cache import TokenCache, prepare_cache, write_cache
 from aquila_jax.data.pipeline import Batch, TextData
+from aquila_jax.data.pretrained_tokenizer import open_tokenizer
 from aquila_jax.data.sources import SOURCES, Document, is_validation
-from aquila_jax.data.vocabulary import load_tokenizer, load_vocabulary, train_sentencepiece
+from aquila_jax.data.vocabulary import load_vocabulary, train_sentencepiece
 
 __all__ = [
     "SOURCES",
@@ -12,8 +13,8 @@ __all__ = [
     "TextData",
     "TokenCache",
     "is_validation",
-    "load_tokenizer",
     "load_vocabulary",
+    "open_tokenizer",
     "prepare_cache",
     "train_sentencepiece",
     "write_cache",

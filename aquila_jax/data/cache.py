@@ -22,7 +22,7 @@ import numpy as np
 from aquila_jax.data import sources
 from aquila_jax.data.packing import decode_rows, encode_row, pack
 from aquila_jax.data.pipeline import VALIDATION_SEED, Batch, TextData
-from aquila_jax.data.vocabulary import EOS_ID
+from aquila_jax.data.pretrained_tokenizer import start_id
 from aquila_jax.errors import UserError
 from aquila_jax.files import write_json
 
@@ -53,6 +53,7 @@ def prepare_cache(data: TextData, path: str | Path) -> None:
         UserError: it exists, text is missing, or the disk refuses.
     """
     data.prepare()
+    tokenizer = data.tokenizer
     rates = dict(data.mixture_rates)
     wanted: dict[Split, str] = {
         ("train", name): name for name in sources.SOURCES if rates.get(name, 0) > 0
@@ -61,14 +62,15 @@ def prepare_cache(data: TextData, path: str | Path) -> None:
 
     def documents(split: str, name: str) -> Iterator[list[int]]:
         for document in sources.read_split(name, data.text_dir, split):
-            yield [*data.encode(document.text), EOS_ID]
+            yield [*tokenizer.encode(document.text), tokenizer.eos_id]
 
     write_cache(
         path,
         {part: documents(part[0], name) for part, name in wanted.items()},
         sequence_length=data.sequence_length,
         vocab_size=data.vocab_size,
-        vocabulary=data.identity()["vocabulary"],
+        vocabulary=tokenizer.digest,
+        start_id=start_id(tokenizer),
     )
 
 
@@ -79,6 +81,7 @@ def write_cache(
     sequence_length: int,
     vocab_size: int,
     vocabulary: str,
+    start_id: int = 0,
 ) -> None:
     """Pack documents and write them as a token cache.
 
@@ -89,6 +92,7 @@ def write_cache(
         sequence_length: T, tokens of a row.
         vocab_size: ids lie below this.
         vocabulary: digest of the tokenizer.
+        start_id: stands before every piece of a document.
 
     Raises:
         UserError: the directory exists, or the disk refuses.
@@ -114,6 +118,7 @@ def write_cache(
             "sequence_length": sequence_length,
             "vocab_size": vocab_size,
             "vocabulary": vocabulary,
+            "start_id": start_id,
             "dtype": dtype.str,
             "parts": written,
         }
@@ -340,4 +345,10 @@ class TokenCache:
         return grain.MapDataset.source(records)
 
     def _decode(self, rows: Iterable[Any]) -> Batch:
-        return decode_rows(list(rows), self.sequence_length, np.dtype(self._index["dtype"]))
+        index = self._index
+        return decode_rows(
+            list(rows),
+            self.sequence_length,
+            np.dtype(index["dtype"]),
+            start_id=index.get("start_id", 0),
+        )

@@ -54,7 +54,7 @@ def encode_row(row: Sequence[np.ndarray], length: int, dtype: np.dtype) -> bytes
     return targets.tobytes() + segments.tobytes()
 
 
-def decode_rows(rows: Sequence[bytes], length: int, dtype: np.dtype) -> Batch:
+def decode_rows(rows: Sequence[bytes], length: int, dtype: np.dtype, *, start_id: int = 0) -> Batch:
     """Rows of `encode_row` as the batch that `TextData.train_batches` describes, `[rows, length]`.
 
     Raises:
@@ -69,8 +69,8 @@ def decode_rows(rows: Sequence[bytes], length: int, dtype: np.dtype) -> Batch:
     goes_on[:, 1:] = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
     index = np.broadcast_to(np.arange(length), segments.shape)
     starts = np.maximum.accumulate(np.where(goes_on, 0, index), axis=1)
-    tokens = np.zeros_like(targets)
-    tokens[:, 1:] = np.where(goes_on[:, 1:], targets[:, :-1], 0)
+    tokens = np.full_like(targets, start_id)
+    tokens[:, 1:] = np.where(goes_on[:, 1:], targets[:, :-1], start_id)
     return {
         "tokens": tokens,
         "targets": targets,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from aquila_jax.data import sources
-from aquila_jax.data.vocabulary import EOS_ID, load_tokenizer, read_tokenizer, train_sentencepiece
+from aquila_jax.data.pretrained_tokenizer import Tokenizer, open_tokenizer, start_id
+from aquila_jax.data.vocabulary import train_sentencepiece
 from aquila_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ FEATURE_NAMES = {
 # One thread packs several hundred thousand tokens a second; the other cores are for training.
 NUM_THREADS = 1
 
+# Of tokenizers that `prepare` trains; whatever is called otherwise comes with a pretrained model.
+TRAINED_SUFFIX = ".model"
+
 # The order of held-out pieces is the same for every training seed: their losses compare.
 VALIDATION_SEED = 0
 
@@ -39,7 +43,8 @@ class TextData:
 
     Attributes:
         text_dir: folder the two text packages are unpacked in.
-        tokenizer_path: sentencepiece model; `prepare` trains it where it is absent.
+        tokenizer_path: sentencepiece model, which `prepare` trains where it is absent; or the
+            tokenizer of a pretrained model: its directory, `tokenizer.json` or GGUF file.
         vocab_size: number of ids of the tokenizer.
         sequence_length: T, tokens a row.
         batch_size: B, rows a batch.
@@ -76,20 +81,30 @@ class TextData:
         if min(rates.values(), default=0.0) < 0 or not sum(rates.values()) > 0:
             raise UserError(f"mixture_rates are {rates}: make none negative and one positive")
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What turns text into ids.
+
+        Raises:
+            UserError: there is none yet, or it is damaged.
+        """
+        return open_tokenizer(self.tokenizer_path)
+
     def prepare(self) -> None:
         """Trains the tokenizer on the training split, unless `tokenizer_path` exists.
 
         Takes about five seconds, and does not import TensorFlow.
 
         Raises:
-            UserError: a text is missing; the tokenizer there has another number of ids; or the
-                text cannot give `vocab_size` pieces.
+            UserError: a text is missing; the tokenizer there has another number of ids; the text
+                cannot give `vocab_size` pieces; or a pretrained model's tokenizer is absent.
         """
         texts = {
             source.language: [d.text for d in sources.read_split(name, self.text_dir, "train")]
             for name, source in sources.SOURCES.items()
         }
-        if not Path(self.tokenizer_path).exists():
+        path = Path(self.tokenizer_path)
+        if path.suffix == TRAINED_SUFFIX and not path.exists():
             train_sentencepiece(texts, self.tokenizer_path, self.vocab_size)
         self._check_vocab_size()
 
@@ -106,8 +121,8 @@ class TextData:
             *(self.sequence_length, self.batch_size, self.seed, self.shuffle_buffer),
         )
         return {
-            "vocabulary": _digest(read_tokenizer(self.tokenizer_path)),
-            "order": _digest(repr(order).encode()),
+            "vocabulary": self.tokenizer.digest,
+            "order": hashlib.sha256(repr(order).encode()).hexdigest()[:16],
         }
 
     def train_batches(self, start: int = 0) -> Iterator[Batch]:
@@ -117,10 +132,10 @@ class TextData:
         where an interrupted `train_batches()` stood after k batches. It reads past them, at
         several hundred thousand tokens a second.
 
-        A batch is a dict of arrays `[B, T]`: `tokens` int32, the decoder's inputs, 0 at the start
-        of each segment; `targets` int32, what to predict; `loss_weights` float32, 0 on padding;
-        `segment_ids` int32, 1, 2, .. for the pieces in a row and 0 for padding; `positions`
-        int32, counted from 0 in each segment.
+        A batch is a dict of arrays `[B, T]`: `tokens` int32, the decoder's inputs, of which each
+        segment's first is the tokenizer's `start_id`; `targets` int32, what to predict;
+        `loss_weights` float32, 0 on padding; `segment_ids` int32, 1, 2, .. for the pieces in a row
+        and 0 for padding; `positions` int32, counted from 0 in each segment.
 
         Raises:
             UserError: `start` is negative; the text or the tokenizer is missing; or the tokenizer
@@ -162,16 +177,17 @@ class TextData:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without the end of the document."""
-        return load_tokenizer(self.tokenizer_path).EncodeAsIds(text)
+        return self.tokenizer.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids` up to the first end of a document."""
         ids = [int(i) for i in ids]
-        end = ids.index(EOS_ID) if EOS_ID in ids else len(ids)
-        return load_tokenizer(self.tokenizer_path).DecodeIds(ids[:end])
+        eos_id = self.tokenizer.eos_id
+        end = ids.index(eos_id) if eos_id in ids else len(ids)
+        return self.tokenizer.decode(ids[:end])
 
     def _check_vocab_size(self) -> None:
-        found = load_tokenizer(self.tokenizer_path).GetPieceSize()
+        found = self.tokenizer.num_ids
         if found != self.vocab_size:
             raise UserError(
                 f"tokenizer {self.tokenizer_path} has {found} ids, not {self.vocab_size}: set "
@@ -204,19 +220,16 @@ class TextData:
 
     def _pack(self, pieces: "tf.data.Dataset") -> "tf.data.Dataset":
         """Returns rows of T tokens, each filled with as many whole pieces in turn as fit."""
+        from aquila_jax.data.seqio_vocabulary import LanguageModelConverter
         from aquila_jax.data.tasks import FEATURE
-        from aquila_jax.data.tensorflow_setup import seqio, tf
+        from aquila_jax.data.tensorflow_setup import tf
 
         options = tf.data.Options()
         options.deterministic = True
         options.threading.private_threadpool_size = NUM_THREADS
         options.threading.max_intra_op_parallelism = 1
-        convert = seqio.LMFeatureConverter(pack=True)
+        convert = LanguageModelConverter(start_id=start_id(self.tokenizer), pack=True)
         return convert(pieces, {FEATURE: self.sequence_length}).with_options(options)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _arrays(dataset: "tf.data.Dataset") -> Iterator[dict[str, np.ndarray]]:

@@ -86,6 +86,13 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     return _opened(file, file.read_bytes(), tuple(beside.items()))
 
 
+def start_id(tokenizer: Tokenizer) -> int:
+    """What is before a text that has nothing before it: padding in seqio, else begin or end."""
+    if tokenizer.is_seqios:
+        return tokenizer.pad_id
+    return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+
+
 def find_tokenizer(path: str | Path) -> Path:
     """The file of a tokenizer: the path itself, or what a directory holds.
 

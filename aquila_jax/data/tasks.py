@@ -11,12 +11,12 @@ import functools
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from aquila_jax.data import sources
+from aquila_jax.data.pretrained_tokenizer import open_tokenizer
 from aquila_jax.data.tensorflow_setup import seqio, tf
 from aquila_jax.data.vocabulary import load_vocabulary
 
@@ -104,14 +104,14 @@ def register_task(name: str, text_dir: str, tokenizer_path: str, shuffle_buffer:
     Args:
         name: a key of `sources.SOURCES`.
         text_dir: where the text packages lie.
-        tokenizer_path: the sentencepiece model.
+        tokenizer_path: as for `open_tokenizer`.
         shuffle_buffer: pieces that shuffled reading holds in memory.
 
     Raises:
         UserError: as `load_vocabulary`.
     """
     vocabulary = load_vocabulary(tokenizer_path)
-    digest = hashlib.sha256(Path(tokenizer_path).read_bytes()).hexdigest()
+    digest = open_tokenizer(tokenizer_path).digest
     # Absolute: a task outlives a change of the working directory.
     text_dir, tokenizer_path = os.path.abspath(text_dir), os.path.abspath(tokenizer_path)
     settings = (text_dir, tokenizer_path, digest, shuffle_buffer)

@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aquila_jax.data.pretrained_tokenizer import find_tokenizer, open_tokenizer
 from aquila_jax.errors import UserError
 from aquila_jax.files import write_bytes
 
 if TYPE_CHECKING:
-    import sentencepiece
     import seqio
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
@@ -86,61 +86,30 @@ def train_sentencepiece(
     write_bytes(Path(path), model.getvalue())
 
 
-def load_tokenizer(path: str | Path) -> "sentencepiece.SentencePieceProcessor":
-    """Returns the tokenizer at `path`, without importing TensorFlow.
+def load_vocabulary(path: str | Path) -> "seqio.Vocabulary":
+    """Returns the tokenizer at `path` as seqio's vocabulary; the ids are the file's own.
+
+    Args:
+        path: what `TextData.prepare` trained, or whatever `open_tokenizer` opens.
 
     Raises:
-        UserError: there is none, or it is not a sentencepiece model with our special ids.
-    """
-    import sentencepiece
-
-    model = read_tokenizer(path)
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError as error:
-        raise UserError(
-            f"{path} is not a sentencepiece model: remove it and call TextData.prepare(), or set "
-            "TextData.tokenizer_path"
-        ) from error
-    special = (tokenizer.pad_id(), tokenizer.eos_id(), tokenizer.unk_id())
-    if special != (PAD_ID, EOS_ID, UNK_ID):
-        raise UserError(
-            f"tokenizer {path} has (pad, eos, unk) ids {special}, not "
-            f"{(PAD_ID, EOS_ID, UNK_ID)}: set TextData.tokenizer_path to another file"
-        )
-    return tokenizer
-
-
-def load_vocabulary(path: str | Path) -> "seqio.SentencePieceVocabulary":
-    """Returns the tokenizer at `path` as seqio's vocabulary; the ids are the model's own.
-
-    Raises:
-        UserError: as `load_tokenizer`; or the file changed after this process first loaded it
-            (seqio keeps a model under its path for the life of the process).
+        UserError: as `open_tokenizer`; or the file changed after this process first loaded it
+            (seqio keeps a sentencepiece model under its path for the life of the process).
     """
     from aquila_jax.data.tensorflow_setup import seqio
 
-    load_tokenizer(path)
+    if not open_tokenizer(path).is_seqios:
+        from aquila_jax.data.seqio_vocabulary import PretrainedVocabulary
+
+        return PretrainedVocabulary(path)
+    path = find_tokenizer(path)
     vocabulary = seqio.SentencePieceVocabulary(os.path.abspath(path), extra_ids=0)
-    if vocabulary.sp_model != read_tokenizer(path):
+    if vocabulary.sp_model != path.read_bytes():
         raise UserError(
             f"tokenizer {path} changed after this process loaded it: start a new process, or set "
             "TextData.tokenizer_path to a new name"
         )
     return vocabulary
-
-
-def read_tokenizer(path: str | Path) -> bytes:
-    """The content of the tokenizer's file.
-
-    Raises:
-        UserError: there is none.
-    """
-    if not Path(path).is_file():
-        raise UserError(
-            f"no tokenizer at {path}: call TextData.prepare(), or set TextData.tokenizer_path"
-        )
-    return Path(path).read_bytes()
 
 
 def _sample_lines(texts: Iterable[str]) -> Iterator[str]:

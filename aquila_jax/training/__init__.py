@@ -4,6 +4,7 @@ from aquila_jax.training.evaluate import evaluate
 from aquila_jax.training.guard import Guard
 from aquila_jax.training.loop import Interrupted, grow, train
 from aquila_jax.training.optimizer import AdamW, Cosine, WarmupStableDecay
+from aquila_jax.training.parent import model_of
 from aquila_jax.training.run import TrainRun, check
 from aquila_jax.training.step import RouterLosses
 
@@ -18,5 +19,6 @@ __all__ = [
     "check",
     "evaluate",
     "grow",
+    "model_of",
     "train",
 ]

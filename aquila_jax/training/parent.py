@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from aquila_jax import axes
 from aquila_jax.config import ModelConfig
+from aquila_jax.data.pretrained_tokenizer import open_tokenizer
 from aquila_jax.errors import UserError
 from aquila_jax.interop import Directory, load_gguf, load_hf
 from aquila_jax.interop.converting import is_gguf
@@ -75,6 +76,19 @@ def open_parent(path: Path) -> Iterator[Parent]:
         )
 
 
+def model_of(path: str) -> ModelConfig:
+    """The architecture of what a run begins with, for a run that only trains it on.
+
+    Args:
+        path: a MODEL_DIR, a Hugging Face directory or a GGUF file.
+
+    Raises:
+        UserError: there is none of them, or it is damaged or not supported.
+    """
+    with open_parent(Path(path)) as parent:
+        return parent.config
+
+
 def _is_pretrained(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file() or (path.exists() and is_gguf(path))
 
@@ -86,7 +100,15 @@ def _pretrained(path: Path) -> Parent:
         restore = functools.partial(_spread, params)
     else:
         config, restore = Directory(path).config, functools.partial(_load_directory, path)
-    return Parent(f"the pretrained {path}", config, Ledger(()), None, restore)
+    return Parent(f"the pretrained {path}", config, Ledger(()), _vocabulary(path), restore)
+
+
+def _vocabulary(path: Path) -> str | None:
+    """The digest of the tokenizer that a pretrained model came with; None without one."""
+    try:
+        return open_tokenizer(path).digest
+    except UserError:
+        return None
 
 
 def _spread(params: Any, abstract: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 
 from aquila_jax.data import Batch, TextData, vocabulary
 from aquila_jax.data.sources import SOURCES, read_split
-from aquila_jax.data.vocabulary import EOS_ID
+from aquila_jax.data.vocabulary import EOS_ID, train_sentencepiece
 from aquila_jax.errors import UserError
 
 
@@ -62,7 +62,8 @@ def test_identity_tells_the_ids_and_the_order_and_not_where_the_text_lies(
     other = dataclasses.replace(text_data, seed=text_data.seed + 1).identity()
     assert other["vocabulary"] == identity["vocabulary"]
     assert other["order"] != identity["order"]
-    copy.write_bytes(copy.read_bytes() + b"\0")
+    english = {"en": [d.text for d in read_split("sotu_en", text_data.text_dir, "train")]}
+    train_sentencepiece(english, copy, text_data.vocab_size)
     assert moved.identity()["vocabulary"] != identity["vocabulary"]
 
 
@@ -228,7 +229,7 @@ def test_impossible_requests_are_refused(text_data: TextData):
 def test_the_real_text(real_text_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # A small sample trains in a second.
     monkeypatch.setattr(vocabulary, "SAMPLE_BYTES", 100_000)
-    data = TextData(real_text_dir, str(tmp_path / "model"), vocab_size=3000, shuffle_buffer=256)
+    data = TextData(real_text_dir, str(tmp_path / "new.model"), vocab_size=3000, shuffle_buffer=256)
     data.prepare()
     batches = take(data, 10)
     assert np.mean([b["loss_weights"] for b in batches]) > 0.9

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from aquila_jax.data import load_vocabulary
 from aquila_jax.data.pretrained_tokenizer import open_tokenizer
 from aquila_jax.errors import UserError
 
@@ -59,6 +60,17 @@ def test_a_json_tokenizer_gives_the_ids_of_transformers(byte_level, text):
     ids = theirs.encode(text, add_special_tokens=False)
     assert ours.encode(text) == ids
     assert ours.decode(ids) == text
+
+
+@pytest.mark.parametrize("text", [*TEXTS, *SPECIAL, "".join(SPECIAL)])
+def test_seqios_vocabulary_gives_the_ids_of_transformers(byte_level, text):
+    path, theirs = byte_level
+    vocabulary = load_vocabulary(path)
+    ids = theirs.encode(text, add_special_tokens=False)
+    assert list(vocabulary.encode(text)) == ids
+    assert vocabulary.encode_tf(text).numpy().tolist() == ids
+    end = ids.index(theirs.eos_token_id) + 1 if theirs.eos_token_id in ids else len(ids)
+    assert vocabulary.decode(ids) == theirs.decode(ids[:end])
 
 
 def test_its_special_ids_are_those_of_transformers(byte_level):
