@@ -10,6 +10,7 @@ _WIDTHS = {"pred": 1.0, "s4": 0.5, "u4": 0.5, "s2": 0.25, "u2": 0.25}
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_END = re.compile(r"^\}(, execution_thread=.*)?$")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
 
@@ -87,30 +88,34 @@ def parse(text: str) -> Module:
         ValueError: it holds no entry computation.
     """
     computations, entry = {}, ""
-    name, body = "", {}
+    name, lines = "", []
     for line in text.splitlines():
-        if not line.startswith((" ", "}")) and (header := _HEADER.match(line)):
-            name, body = header[2], {}
+        if not name and (header := _HEADER.match(line)):
+            name, lines = header[2], []
             entry = name if header[1] else entry
-        elif line.startswith("}") and name:
-            computations[name] = Computation(name, body)
+        elif name and _END.match(line):
+            computations[name] = Computation(name, {i.name: i for i in map(_instruction, lines)})
             name = ""
-        elif name and (match := _INSTRUCTION.match(line)):
-            instruction = _instruction(match[2], match[3], is_root=bool(match[1]))
-            body[instruction.name] = instruction
+        elif name and _INSTRUCTION.match(line):
+            lines.append(line)
+        elif name and lines:
+            lines[-1] += line  # what a kernel says of itself may hold line breaks
     if not entry:
         raise ValueError("no ENTRY computation in this HLO text")
     return Module(computations, entry)
 
 
-def _instruction(name: str, text: str, *, is_root: bool) -> Instruction:
+def _instruction(line: str) -> Instruction:
+    match = _INSTRUCTION.match(line)
+    assert match is not None
+    root, name, text = match.groups()
     end = _closing(text) if text.startswith("(") else text.index(" ")
     shape, rest = text[:end], text[end:].lstrip()
     opcode, _, rest = rest.partition("(")
     end = _closing("(" + rest) - 1
     literal = rest[: end - 1]
     return Instruction(
-        name, shape, opcode, tuple(_NAME.findall(literal)), literal, rest[end:], is_root
+        name, shape, opcode, tuple(_NAME.findall(literal)), literal, rest[end:], bool(root)
     )
 
 

@@ -101,7 +101,7 @@ class _Reader:
     def walk(self, scope: Computation, trips: int) -> Iterator[Collective]:
         """The collectives of a computation that runs `trips` times."""
         # TPUs spread a collective over fusions of other work: it begins in one, goes on in others
-        # and ends in a last, each with a copy of the instruction. Copies share their channel.
+        # and ends in a last, each with a copy of the instruction. Copies share channel and chain.
         spread: dict[str, list[tuple[Computation, Instruction]]] = {}
         for instruction in scope.instructions.values():
             opcode = instruction.opcode
@@ -120,8 +120,7 @@ class _Reader:
             elif opcode == "fusion":
                 for computation, inner in fused(self.module, instruction):
                     if _kind(inner):
-                        key = inner.attribute(r"channel_id=(\d+)") or inner.name
-                        spread.setdefault(key, []).append((computation, inner))
+                        spread.setdefault(_chain(inner), []).append((computation, inner))
             elif _kind(instruction):
                 yield self._collective(scope, instruction, trips)
         for parts in spread.values():
@@ -139,9 +138,9 @@ class _Reader:
         kind = _kind(found)
         groups = _groups(found, self.num_devices)
         size = num_bytes(found.shape)
-        if found.opcode in ("all-gather-start", "collective-permute-start"):
-            size = num_bytes(elements(found.shape)[1])
-        elif kind == "reduce-scatter":
+        if found.opcode.endswith("-start") and kind != "all-reduce":
+            size = num_bytes(elements(found.shape)[1])  # after what it was given
+        if kind == "reduce-scatter":
             size *= groups.shape[1]
         elif kind == "ragged-all-to-all":
             given = scope.instructions.get(found.operands[0])
@@ -155,6 +154,13 @@ class _Reader:
 def _kind(instruction: Instruction) -> str:
     opcode = instruction.opcode.removesuffix("-start")
     return opcode if opcode in _KINDS else ""
+
+
+def _chain(instruction: Instruction) -> str:
+    """What copies of one collective have in common; the name of one that is not spread."""
+    chain = instruction.attribute(r'chain_id="(\d+)"')
+    channel = instruction.attribute(r"channel_id=(\d+)")
+    return instruction.name if chain is None else f"{channel} {chain}"
 
 
 def _starts(computation: Computation) -> bool:

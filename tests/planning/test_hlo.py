@@ -148,10 +148,35 @@ def test_a_pair_of_start_and_done_counts_once():
     assert (found.kind, found.size, found.trips) == ("all-gather", 256, 1)
 
 
+def test_an_attribute_may_hold_line_breaks():
+    kernel = (
+        '%k = f32[16]{0} custom-call(%x), custom_call_target="tpu_custom_call", '
+        'metadata={kernel={\n"blocks":"{}"\n}}, metadata={op_name="kernel"}'
+    )
+    found = collectives(
+        in_entry(kernel, "ROOT %r = f32[16]{0} all-reduce(%k), replica_groups={}, to_apply=%add")
+    )
+    assert [c.kind for c in found] == ["all-reduce"]
+
+
+def test_a_ragged_exchange_counts_its_smaller_buffer():
+    operands = "%x, %big, %i, %i, %i, %i"
+    lines = (
+        "%big = f32[64]{0} broadcast(%x)",
+        "%i = s32[4]{0} iota()",
+        "%s = ((f32[16]{0}, f32[64]{0}, s32[4]{0}), f32[64]{0}, u32[]) "
+        f"ragged-all-to-all-start({operands}), replica_groups={{{{0,1,2,3}}}}",
+        "ROOT %d = f32[64]{0} ragged-all-to-all-done(%s)",
+    )
+    (found,) = collectives(in_entry(*lines))
+    assert (found.kind, found.size) == ("ragged-all-to-all", 64)
+
+
 def fusion(name: str, *, channel: int, target: str) -> str:
     gather = (
         f"  %g.{name} = f32[64]{{0}} all-gather(%p.{name}), channel_id={channel}, "
-        "replica_groups={{0,1,2,3}}, dimensions={0}\n"
+        "replica_groups={{0,1,2,3}}, dimensions={0}, "
+        'frontend_attributes={chain_id="1"}\n'
     )
     end = f'  ROOT %c.{name} = f32[64]{{0}} custom-call(%g.{name}), custom_call_target="{target}"'
     return (
@@ -188,6 +213,18 @@ def test_an_all_reduce_that_is_sliced_at_once_is_a_reduce_scatter():
     line = "ROOT %f = f32[4]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1"
     (found,) = collectives(in_entry(line, before=before))
     assert (found.kind, found.size) == ("reduce-scatter", 64)
+
+
+def test_fusions_that_share_a_channel_by_chance_count_each():
+    before = "".join(
+        fusion(name, channel=1, target="Else").replace(', frontend_attributes={chain_id="1"}', "")
+        for name in ("first", "second")
+    )
+    lines = [
+        f"%f.{name} = f32[64]{{0}} fusion(%x), kind=kCustom, calls=%{name}"
+        for name in ("first", "second")
+    ]
+    assert len(collectives(in_entry(*lines, "ROOT %r = f32[16]{0} copy(%x)", before=before))) == 2
 
 
 def test_of_branches_the_one_that_sends_most_counts():
