@@ -2,23 +2,26 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aquila_jax import axes
 from aquila_jax.config import ModelConfig
 from aquila_jax.errors import UserError
 
-# data: whole copies of the model; fsdp: parameters in shards, gathered for use; expert: experts
-# in shards; model: heads, MLP units and vocabulary in shards.
-MESH_AXES = ("data", "fsdp", "expert", "model")
+# slice: whole copies of the model, one a slice, which tell each other over the slow network; data:
+# whole copies; fsdp: parameters in shards, gathered for use; expert: experts in shards; model:
+# heads, MLP units and vocabulary in shards.
+MESH_AXES = ("slice", "data", "fsdp", "expert", "model")
 
 # One logical axis may be split over several mesh axes. An axis that is absent is not split.
 DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
-    axes.BATCH: ("data", "fsdp"),
+    axes.BATCH: ("slice", "data", "fsdp"),
     axes.EMBED: ("fsdp",),
     axes.Q_HEADS: ("model",),
     axes.KV_HEADS: ("model",),
@@ -35,6 +38,8 @@ class MeshShape:
     """How many devices lie along each mesh axis; -1, in at most one place, takes what is left.
 
     Attributes:
+        slices: slices of a multi-slice system, or any groups of devices between which the network
+            is slow. By the default rules each holds a whole copy of the model.
         data: whole copies of the model.
         fsdp: shards of parameters and optimizer state.
         expert: shards of the experts.
@@ -45,16 +50,19 @@ class MeshShape:
     fsdp: int = 1
     expert: int = 1
     model: int = 1
+    slices: int = 1
 
     def build(self, devices: Sequence[Any] | None = None) -> Mesh:
         """The mesh over `devices` (all of them by default), with axes `MESH_AXES`.
 
         Raises:
-            UserError: the sizes do not multiply to the number of devices.
+            UserError: the sizes do not multiply to the number of devices, or `slices` is not the
+                number of slices that they are of.
         """
         devices = jax.devices() if devices is None else devices
-        sizes = [getattr(self, name) for name in MESH_AXES]
-        asked = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
+        fields = ["slices" if name == "slice" else name for name in MESH_AXES]
+        sizes = [getattr(self, name) for name in fields]
+        asked = ", ".join(f"{name}={size}" for name, size in zip(fields, sizes, strict=True))
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
             raise UserError(f"mesh sizes must be positive, with at most one -1, not {asked}")
         rest = math.prod(size for size in sizes if size != -1)
@@ -63,21 +71,43 @@ class MeshShape:
             raise UserError(f"a mesh of {asked} does not multiply to {len(devices)} devices")
         # Auto: the compiler propagates shardings from parameters, batch and constraints.
         axis_types = (AxisType.Auto,) * len(sizes)
-        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=axis_types, devices=devices)
+        if sizes[0] == 1 and _num_slices(devices) == 1:
+            return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=axis_types, devices=devices)
+        return Mesh(_slice_by_slice(devices, sizes), MESH_AXES, axis_types=axis_types)
+
+
+def _num_slices(devices: Sequence[Any]) -> int:
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _slice_by_slice(devices: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """Devices `[slice, ...]`, each slice arranged by its own network."""
+    found = _num_slices(devices)
+    if found == 1:
+        # Not a system of slices: devices in a row stand for one.
+        return np.asarray(devices).reshape(sizes)
+    if found != sizes[0]:
+        raise UserError(
+            f"these {len(devices)} devices are of {found} slices, and the mesh has "
+            f"slices={sizes[0]}: set MeshShape.slices to {found}"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (1, *sizes[1:]), (sizes[0], *(1 for _ in sizes[1:])), devices
+    )
 
 
 def mesh_shapes(num_devices: int, config: ModelConfig, num_slices: int = 1) -> list[MeshShape]:
     """Meshes worth trying for a model, those that are likely to send least first.
 
     Parameters lie over fsdp; experts of a mixture over as many devices as divide them; heads and
-    units over at most eight. Slices are copies.
+    units over at most eight. Slices hold copies.
     """
     shapes = []
     for model in (1, 2, 4, 8):
         for expert in range(max(config.num_experts, 1), 0, -1):
             rest, remainder = divmod(num_devices, model * expert * num_slices)
             if not remainder and max(config.num_experts, 1) % expert == 0:
-                shapes.append(MeshShape(data=num_slices, fsdp=rest, expert=expert, model=model))
+                shapes.append(MeshShape(1, rest, expert, model, slices=num_slices))
     return shapes
 
 
@@ -140,25 +170,78 @@ class Layout:
         Raises:
             UserError: a dimension does not divide over its mesh axes; names the parameter.
         """
-        shardings = {}
-        for path, parameter in axes.parameters(config).items():
-            for axis, size in zip(parameter.axes, parameter.shape(config), strict=True):
-                if size % self._shards(axis):
-                    raise UserError(
-                        f"{path}: {axis} of {size} does not divide over the {self._shards(axis)} "
-                        f"devices of mesh axes {self._mesh_axes(axis)}; choose another mesh or "
-                        "other sharding rules"
-                    )
-            shardings[path] = NamedSharding(self.mesh, self.spec(parameter.axes, path))
+        shardings = {
+            path: NamedSharding(self.mesh, self.parameter_spec(path, config))
+            for path in axes.parameters(config)
+        }
         return axes.unflatten(shardings)
+
+    def parameter_spec(self, path: str, config: ModelConfig) -> PartitionSpec:
+        """The partition of one parameter.
+
+        A vocabulary that its mesh axes do not divide (151851 is odd) is whole; they split the
+        width of its matrices instead.
+
+        Raises:
+            UserError: a dimension does not divide over its mesh axes.
+        """
+        parameter = axes.parameters(config)[path]
+        self.spec(parameter.axes, path)
+        parts = {axis: self._mesh_axes(axis) for axis in parameter.axes}
+        if axes.VOCAB in parts and config.vocab_size % self._num_devices(parts[axes.VOCAB]):
+            parts[axes.EMBED] += parts[axes.VOCAB]
+            parts[axes.VOCAB] = ()
+        for axis, size in zip(parameter.axes, parameter.shape(config), strict=True):
+            if size % (shards := self._num_devices(parts[axis])):
+                raise UserError(
+                    f"{path}: {axis} of {size} does not divide over the {shards} devices of mesh "
+                    f"axes {parts[axis]}; choose another mesh or other sharding rules"
+                )
+        return PartitionSpec(*(part or None for part in parts.values()))
+
+    def shard_map(
+        self, body: Callable[..., Any], inputs: Sequence[Any], outputs: Any
+    ) -> Callable[..., Any]:
+        """`body` on every device's shards, where it says itself what devices tell each other.
+
+        Args:
+            body: a function of arrays; what is not split over a mesh axis it must compute alike
+                on all devices of that axis.
+            inputs: the logical axes of every argument, or what `parameter_spec` gave.
+            outputs: a tree like the result's, with the same for every array.
+        """
+
+        def spec(logical: Any) -> PartitionSpec:
+            return logical if isinstance(logical, PartitionSpec) else self.spec(logical)
+
+        def is_array(node: Any) -> bool:
+            names = isinstance(node, tuple) and all(isinstance(n, str | None) for n in node)
+            return names or isinstance(node, PartitionSpec)
+
+        return jax.shard_map(
+            body,
+            mesh=self.mesh,
+            in_specs=tuple(spec(logical) for logical in inputs),
+            out_specs=jax.tree.map(spec, outputs, is_leaf=is_array),
+            # Kernels of other libraries do not say over which axes their results vary.
+            check_vma=False,
+        )
+
+    def mesh_axes(self, *logical: str) -> tuple[str, ...]:
+        """The mesh axes over which any of these axes is split, those of one device left out.
+
+        Names for the collectives of `jax.lax` inside `shard_map`.
+        """
+        return tuple(dict.fromkeys(name for axis in logical for name in self._mesh_axes(axis)))
+
+    def shards(self, *logical: str) -> int:
+        """Into how many parts these axes together split an array."""
+        return self._num_devices(self.mesh_axes(*logical))
 
     def _mesh_axes(self, axis: str | None) -> tuple[str, ...]:
         """Where a logical axis is split; a mesh axis of one device splits nothing."""
         rule = self.rules.get(axis, ()) if axis is not None else ()
         return tuple(mesh_axis for mesh_axis in rule if self.mesh.shape[mesh_axis] > 1)
-
-    def _shards(self, axis: str) -> int:
-        return self._num_devices(self._mesh_axes(axis))
 
     def sharding(self, logical: Sequence[str | None], name: str = "an array") -> NamedSharding:
         """Where an array whose dimensions have these logical axes lies.
@@ -179,7 +262,7 @@ class Layout:
     @property
     def batch_shards(self) -> int:
         """Into how many parts the batch is split; its size must be a multiple."""
-        return self._shards(axes.BATCH)
+        return self.shards(axes.BATCH)
 
     def constrain(self, x: jax.Array, *logical: str | None) -> jax.Array:
         """`x`, with its sharding fixed inside a jitted computation."""

@@ -5,10 +5,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.topologies import get_topology_desc
 from jax.sharding import PartitionSpec
 
 from aquila_jax import Transformer, UserError
-from aquila_jax.axes import BATCH, EMBED, EXPERT_MLP, MLP, SHARED_MLP, TOKENS, abstract_params
+from aquila_jax.axes import (
+    BATCH,
+    EMBED,
+    EXPERT_MLP,
+    KV_HEADS,
+    MLP,
+    SHARED_MLP,
+    TOKENS,
+    abstract_params,
+)
 from aquila_jax.growth import ScaleOut, ScaleUp, apply_plan
 from aquila_jax.sharding import DEFAULT_RULES, Layout, MeshShape
 from aquila_jax.training.step import RouterLosses, loss_and_metrics
@@ -52,11 +62,11 @@ def test_a_mesh_that_cannot_be_is_refused_with_its_sizes(sizes, named):
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        ({}, (8, 1, 1, 1)),
-        ({"fsdp": 2, "model": 2}, (2, 2, 1, 2)),
-        ({"data": 2, "fsdp": -1}, (2, 4, 1, 1)),
-        ({"data": 1, "expert": -1, "model": 2}, (1, 1, 4, 2)),
-        ({"fsdp": 8}, (1, 8, 1, 1)),
+        ({}, (1, 8, 1, 1, 1)),
+        ({"fsdp": 2, "model": 2}, (1, 2, 2, 1, 2)),
+        ({"data": 2, "fsdp": -1}, (1, 2, 4, 1, 1)),
+        ({"data": 1, "expert": -1, "model": 2}, (1, 1, 1, 4, 2)),
+        ({"fsdp": 8}, (1, 1, 8, 1, 1)),
     ],
     ids=str,
 )
@@ -66,8 +76,39 @@ def test_minus_one_takes_the_devices_that_are_left(sizes, expected):
 
 def test_a_mesh_can_be_built_from_some_devices():
     mesh = MeshShape(model=2).build(jax.devices()[:4])
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "expert": 1, "model": 2}
+    assert dict(mesh.shape) == {"slice": 1, "data": 2, "fsdp": 1, "expert": 1, "model": 2}
     assert set(mesh.devices.flat) == set(jax.devices()[:4])
+
+
+def test_slices_are_the_slowest_axis_and_split_the_batch_alone(even):
+    placed = layout(slices=2, fsdp=4)
+    assert dict(placed.mesh.shape)["slice"] == 2
+    assert list(placed.mesh.devices[0].flat) == jax.devices()[:4]
+    assert placed.batch().shard_shape((8, 10)) == (1, 10)
+    query = placed.params(even)["layers"]["attention"]["query"]
+    assert query.shard_shape((3, 12, 4, 6)) == (3, 3, 4, 6)
+    over_all = Layout.of(placed.mesh, {EMBED: ("slice", "fsdp")})
+    eight = dataclasses.replace(even, embed_dim=16)
+    query = over_all.params(eight)["layers"]["attention"]["query"]
+    assert query.shard_shape((3, 16, 4, 6)) == (3, 2, 4, 6)
+
+
+def test_slices_of_a_real_system_are_told_by_its_devices():
+    """Two slices of four chips, described by the TPU library: nothing is run on them."""
+    devices = get_topology_desc("v5p:2x2x1", platform="tpu", num_slices=2).devices
+    mesh = MeshShape(slices=2, fsdp=2, model=2, data=1).build(devices)
+    assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
+    with pytest.raises(UserError, match=r"8 devices are of 2 slices.*slices=1.*set .* to 2"):
+        MeshShape(fsdp=4).build(devices)
+
+
+def test_a_vocabulary_that_does_not_divide_leaves_its_mesh_axes_to_the_width(even):
+    odd = dataclasses.replace(even, vocab_size=61)
+    shardings = layout(data=2, fsdp=2, model=2).params(odd)
+    assert shardings["token_embedder"]["embedding"].shard_shape((61, 12)) == (61, 3)
+    assert shardings["lm_head"]["kernel"].shard_shape((12, 61)) == (3, 61)
+    with pytest.raises(UserError, match=r"token_embedder/embedding: embed of 12 .* 8 devices"):
+        Layout.of(MeshShape(fsdp=4, model=2).build(), {KV_HEADS: ()}).params(odd)
 
 
 def test_two_axes_on_one_mesh_axis_collide_and_name_the_parameter(even):
@@ -168,6 +209,7 @@ def on_one_device(even, random_params, random_batch):
         ({}, {"data": 8}),
         ({}, {"data": 2, "fsdp": 2, "model": 2}),
         ({"tie_embeddings": True}, {"fsdp": 4, "model": 2}),
+        ({"vocab_size": 61}, {"data": 1, "slices": 2, "fsdp": 2, "model": 2}),
         (MIXTURE, {"data": 2, "expert": 2, "model": 2}),
         (MIXTURE, {"fsdp": 2, "expert": 4}),
         (EVERY_SECOND, {"data": 8}),

@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from aquila_jax.nn import Transformer, forward
-from aquila_jax.nn.losses import WeightedSum, cross_entropy
+from aquila_jax.nn import Transformer, forward_losses
+from aquila_jax.nn.losses import WeightedSum
 
 Batch = Mapping[str, Any]
 
@@ -15,8 +15,7 @@ def make_eval_step(model: Transformer) -> Callable[[Any, Batch], WeightedSum]:
     """The summed loss of one batch, as a jitted function of parameters and batch."""
 
     def eval_step(params: Any, batch: Batch) -> WeightedSum:
-        logits_BTV, _ = forward(model, params, batch)
-        return cross_entropy(logits_BTV, batch["targets"], batch["loss_weights"])
+        return forward_losses(model, params, batch)[0]
 
     return jax.jit(eval_step)
 

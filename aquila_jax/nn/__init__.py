@@ -1,5 +1,5 @@
 """The decoder in Linen: layers, attention, mixture of experts, transformer, loss."""
 
-from aquila_jax.nn.transformer import Transformer, forward
+from aquila_jax.nn.transformer import Transformer, forward, forward_losses
 
-__all__ = ["Transformer", "forward"]
+__all__ = ["Transformer", "forward", "forward_losses"]

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -15,6 +16,9 @@ from aquila_jax.sharding import Layout
 # one in which it finds those of earlier calls (see `aquila_jax.nn.cache`). Layers stack both.
 KEY_VALUE = "key_value"
 CACHE = "cache"
+
+# Names of activations, for policies of recomputation.
+QUERY, KEY, VALUE, MIXED = "query", "key", "value", "mixed"
 
 
 def causal_mask(segment_ids_BT: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
@@ -88,6 +92,8 @@ class Attention(nn.Module):
         theta, scaling = self.config.rope_theta, self.config.rope_scaling
         query_BTNH = rotary(query_BTNH, positions_BT, theta, scaling)
         key_BTKH = rotary(key_BTKH, positions_BT, theta, scaling)
+        query_BTNH = checkpoint_name(query_BTNH, QUERY)
+        key_BTKH, value_BTKH = checkpoint_name(key_BTKH, KEY), checkpoint_name(value_BTKH, VALUE)
         if self.is_mutable_collection(KEY_VALUE) and not self.is_initializing():
             self.put_variable(KEY_VALUE, "key", key_BTKH)
             self.put_variable(KEY_VALUE, "value", value_BTKH)
@@ -98,6 +104,7 @@ class Attention(nn.Module):
             mixed_BTNH = jax.nn.dot_product_attention(
                 query_BTNH, key_BTKH, value_BTKH, mask=mask_B1TS
             )
+        mixed_BTNH = checkpoint_name(mixed_BTNH, MIXED)
         out_NHD = declare(self, self.config, "layers/attention/out").astype(self.dtype)
         return jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, out_NHD)
 

@@ -36,7 +36,15 @@ def cross_entropy(
         targets_BT: token ids.
         weights_BT: 0 where a target does not count, as on padding.
     """
+    losses_BT = token_cross_entropy(logits_BTV, targets_BT)
+    return WeightedSum(jnp.sum(losses_BT * weights_BT), weights_BT.sum())
+
+
+def token_cross_entropy(
+    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """The same, of every token by itself."""
     logits_BTV = logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
     log_normaliser_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return WeightedSum(jnp.sum((log_normaliser_BT - picked_BT) * weights_BT), weights_BT.sum())
+    return log_normaliser_BT - picked_BT

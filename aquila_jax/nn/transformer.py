@@ -13,17 +13,29 @@ from jaxtyping import Array, Bool, Float, Int
 from aquila_jax import axes
 from aquila_jax.axes import BATCH, VOCAB
 from aquila_jax.config import ModelConfig
-from aquila_jax.nn.attention import CACHE, Attention, causal_mask
+from aquila_jax.nn.attention import CACHE, KEY, MIXED, QUERY, VALUE, Attention, causal_mask
 from aquila_jax.nn.groups import scanned, scanned_groups
 from aquila_jax.nn.layers import GatedMLP, RMSNorm, declare
+from aquila_jax.nn.losses import WeightedSum, token_cross_entropy
 from aquila_jax.nn.moe import ROUTER, MixtureOfExperts
+from aquila_jax.nn.vocabulary_chunks import Head, token_losses
 from aquila_jax.sharding import Layout
 
-# What the backward pass finds stored of a layer; the rest it computes again.
+# What attention names, and is dear to compute again for its size.
+_NAMES = [QUERY, KEY, VALUE, MIXED]
+
+# What the backward pass finds stored of a layer, most first; the rest it computes again.
 REMAT_POLICIES: Mapping[str, Callable[..., Any] | None] = types.MappingProxyType(
     {
         "none": None,
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "projections": jax.checkpoint_policies.save_only_these_names(*_NAMES),
+        "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=_NAMES,
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
         "full": jax.checkpoint_policies.nothing_saveable,
     }
 )
@@ -71,7 +83,7 @@ class Embedder(nn.Module):
         self.embedding = declare(self, self.config, "token_embedder/embedding")
 
 
-class Head(nn.Module):
+class OutputHead(nn.Module):
     """The untied output head."""
 
     config: ModelConfig
@@ -89,7 +101,10 @@ class Transformer(nn.Module):
         config: the architecture.
         dtype: of activations and of weights as they are used; parameters are float32. Router,
             norms and softmax compute in float32 whatever this is.
-        remat: what to store for the backward pass: "none" (everything), "dots" or "full".
+        remat: what to store for the backward pass of a layer. "none": everything; "dots": the
+            results of products with weights; "projections": queries, keys, values and what
+            attention makes of them, so that attention is not computed twice, and an MLP is;
+            "offload": the same, in the host's memory; "full": only what enters the layer.
         layout: where to place activations on a mesh; None leaves it to the compiler.
         unrolled: apply layer after layer instead of a scan, with parameters from
             `aquila_jax.nn.cache.unroll`. Longer to compile; a step of generation, which reads
@@ -117,7 +132,9 @@ class Transformer(nn.Module):
         tokens_BT: Int[Array, "B T"],
         segment_ids_BT: Int[Array, "B T"] | None = None,
         positions_BT: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T V"]:
+        *,
+        targets_BT: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"] | Float[Array, "B T"]:
         """Logits of the next token, float32 (float64 for a float64 model).
 
         Args:
@@ -126,6 +143,8 @@ class Transformer(nn.Module):
                 None: every row is one document.
             positions_BT: position of each token in its document; None counts from the row's
                 start.
+            targets_BT: the tokens that follow. With them the result is their losses in nats,
+                `[B, T]`, and logits of a large vocabulary never stand whole.
 
         With the variables of a `CACHE` collection (see `aquila_jax.nn.cache`) tokens also see
         the earlier ones of their document that lie there.
@@ -144,21 +163,27 @@ class Transformer(nn.Module):
         for layers in self._layers():
             x_BTD, _ = layers(x_BTD, positions_BT, mask_B1TS, segment_ids_BT > 0)
         x_BTD = RMSNorm(self.config, "final_norm/scale", name="final_norm")(x_BTD)
-        if self.config.tie_embeddings:
-            kernel_DV = embedding_VD.T
-        else:
-            kernel_DV = Head(self.config, name="lm_head")()
+        kernel = embedding_VD
+        if not self.config.tie_embeddings:
+            kernel = OutputHead(self.config, name="lm_head")()
+        if targets_BT is None:
+            return self._logits(x_BTD, kernel)
+        head = Head(self.config, self.layout)
+        if self.layout is None and head.columns(tokens_BT.size) == self.config.vocab_size:
+            return token_cross_entropy(self._logits(x_BTD, kernel), targets_BT)
+        return token_losses(head, x_BTD, kernel, targets_BT)
+
+    def _logits(self, x_BTD: jax.Array, kernel: jax.Array) -> jax.Array:
+        kernel_DV = kernel.T if self.config.tie_embeddings else kernel
         logits_BTV = jnp.einsum(
             "BTD,DV->BTV",
             x_BTD,
             kernel_DV.astype(self.dtype),
             preferred_element_type=jnp.promote_types(self.dtype, jnp.float32),
         )
-        return (
-            logits_BTV
-            if self.layout is None
-            else self.layout.constrain(logits_BTV, BATCH, None, VOCAB)
-        )
+        if self.layout is None or self.config.vocab_size % self.layout.shards(VOCAB):
+            return logits_BTV
+        return self.layout.constrain(logits_BTV, BATCH, None, VOCAB)
 
     def _layers(self) -> Iterator[nn.Module]:
         """All layers as one scanned module, whose parameters are stacked on a leading axis.
@@ -197,14 +222,39 @@ def forward(
         by layer that has experts: `load_balance_loss` and `router_z_loss` `[L]`, `load_E`
         `[L, E]`.
     """
-    logits_BTV, variables = model.apply(
+    return _apply(model, params, batch)
+
+
+def forward_losses(
+    model: Transformer, params: Any, batch: Mapping[str, jax.Array]
+) -> tuple[WeightedSum, dict[str, jax.Array]]:
+    """`forward` as far as the loss, with no need for whole logits.
+
+    Args:
+        model: the decoder.
+        params: its parameters.
+        batch: as in `forward`, with `targets` int32 and `loss_weights` float32 `[B, T]`.
+
+    Returns:
+        The loss, and what routers report.
+    """
+    losses_BT, routing = _apply(model, params, batch, targets_BT=batch["targets"])
+    weights_BT = batch["loss_weights"]
+    return WeightedSum(jnp.sum(losses_BT * weights_BT), weights_BT.sum()), routing
+
+
+def _apply(
+    model: Transformer, params: Any, batch: Mapping[str, jax.Array], **options: Any
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    result, variables = model.apply(
         {"params": params},
         batch["tokens"],
         batch["segment_ids"],
         batch["positions"],
         mutable=[ROUTER],
+        **options,
     )
     # Groups of layers report from one module deeper than layers that are all alike.
     reports = axes.flatten(cast(Mapping[str, Any], variables.get(ROUTER, {})))
     routing = {path.rsplit("/", 1)[-1]: report for path, report in reports.items()}
-    return cast(jax.Array, logits_BTV), routing
+    return cast(jax.Array, result), routing

@@ -37,7 +37,10 @@ from aquila_jax.training.step import (
 
 # Activations in float16 would need a scaled loss.
 _DTYPES = ("bfloat16", "float32")
-_AT_LEAST_ONE = ("eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "log_every")
+_AT_LEAST_ONE = (
+    "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "log_every",
+    "micro_batches",
+)  # fmt: skip
 
 NumpyBatch = dict[str, np.ndarray]
 
@@ -106,7 +109,9 @@ class TrainRun:
         mesh: how devices are arranged.
         sharding_rules: changes to `aquila_jax.sharding.DEFAULT_RULES`.
         dtype: of activations and of weights in use; parameters stay float32.
-        remat: "none", "dots" or "full"; see `Transformer`.
+        remat: what is stored for the backward pass; see `Transformer.remat`.
+        micro_batches: parts of a batch whose gradients are summed one after the other, each with
+            activations of its own; 1 takes the batch at once.
         router_losses: weights of a mixture's auxiliary losses.
         seed: of the initial parameters and the routers.
         eval_every: steps between validations; the first and last step are always validated.
@@ -142,6 +147,7 @@ class TrainRun:
     sharding_rules: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     dtype: str = "bfloat16"
     remat: str = "none"
+    micro_batches: int = 1
     router_losses: RouterLosses = dataclasses.field(default_factory=RouterLosses)
     seed: int = 0
     eval_every: int = 1000
@@ -343,7 +349,9 @@ def build(run: TrainRun, steps: int, devices: Sequence[Any] | None = None) -> Co
         lambda params: new_state(params, optimizer), axes.abstract_params(run.model)
     )
     abstract = placed(shapes, state_shardings(shapes, layout, run.model))
-    train_step = make_train_step(model, optimizer, run.router_losses, run.guard)
+    train_step = make_train_step(
+        model, optimizer, run.router_losses, run.guard, micro_batches=run.micro_batches
+    )
     return Compiled(model, layout, optimizer, train_step, abstract)
 
 
@@ -380,10 +388,10 @@ def model_on_mesh(
             "supported yet: run on one host"
         )
     layout = Layout.of(run.mesh.build(devices), run.sharding_rules)
-    if run.data.batch_size % layout.batch_shards:
+    if run.data.batch_size % (layout.batch_shards * run.micro_batches):
         raise UserError(
             f"batch_size {run.data.batch_size} does not divide over the {layout.batch_shards} "
-            f"devices of the mesh's batch axes"
+            f"devices of the mesh's batch axes, {run.micro_batches} micro_batches on each"
         )
     # Constraints on one device say nothing, and hide what the compiler could fuse.
     shown = layout if layout.mesh.size > 1 else None

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from aquila_jax.config import ModelConfig
-from aquila_jax.nn import Transformer, forward
-from aquila_jax.nn.losses import cross_entropy
+from aquila_jax.nn import Transformer, forward_losses
 from aquila_jax.sharding import Layout
 from aquila_jax.training.guard import ACCEPTED, Guard, GuardState, choose, new_guard_state
 
@@ -81,8 +80,8 @@ def loss_and_metrics(
     Returns:
         The total, and metrics with `loss`, the language-model part, in nats per token.
     """
-    logits_BTV, routing = forward(model, params, batch)
-    loss = cross_entropy(logits_BTV, batch["targets"], batch["loss_weights"]).mean
+    losses, routing = forward_losses(model, params, batch)
+    loss = losses.mean
     metrics = {"loss": loss}
     if model.config.is_moe:
         metrics["load_balance_loss"] = routing["load_balance_loss"].mean()
@@ -93,23 +92,63 @@ def loss_and_metrics(
     return loss, metrics
 
 
+def accumulated(
+    gradient_of: Callable[[Any, Batch], Any], params: Any, batch: Batch, micro_batches: int
+) -> Any:
+    """`gradient_of(params, batch)`, computed part by part of the batch.
+
+    Every part counts by its share of the loss weights, so the mean over all tokens comes out
+    whatever was packed where. Metrics are such means too.
+
+    Args:
+        gradient_of: gives floating-point arrays, all of them means over tokens.
+        params: its first argument.
+        batch: arrays `[B, ...]`; part i holds rows i, i + n, i + 2n, ..., so that every device's
+            shard of the batch gives to every part.
+        micro_batches: n, the number of parts; divides B.
+    """
+    if micro_batches == 1:
+        return gradient_of(params, batch)
+    parts = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0), dict(batch)
+    )
+    weight = jnp.maximum(batch["loss_weights"].sum(), 1e-9)
+
+    def add(sums: Any, part: Batch) -> tuple[Any, None]:
+        share = part["loss_weights"].sum() / weight
+        means = gradient_of(params, part)
+        return jax.tree.map(lambda total, mean: total + share * mean, sums, means), None
+
+    shapes = jax.eval_shape(gradient_of, params, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
 def make_train_step(
     model: Transformer,
     optimizer: optax.GradientTransformation,
     router_losses: RouterLosses,
     guard: Guard = _DEFAULT_GUARD,
+    *,
+    micro_batches: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One update: gradient, clipping, AdamW. Jitted; the old state's memory is reused.
+
+    With `micro_batches` the gradient is summed over so many parts of the batch, one after the
+    other, whose activations then need not stand together. The gradient of the language-model loss
+    is that of the whole batch however its tokens fall into parts; a router's auxiliary losses are
+    taken over each part's tokens by themselves.
 
     Its metrics are those of the loss, `grad_norm`, the guard's `verdict` (int32), and its counts
     `skipped_updates` and `skipped_in_a_row`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        def loss_of(params: Any) -> tuple[jax.Array, Metrics]:
-            return loss_and_metrics(model, router_losses, params, batch)
+        def loss_of(params: Any, part: Batch) -> tuple[jax.Array, Metrics]:
+            return loss_and_metrics(model, router_losses, params, part)
 
-        (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, metrics), gradients = accumulated(gradient_of, state.params, batch, micro_batches)
         metrics["grad_norm"] = optax.tree.norm(gradients)
         verdict, guarded = guard.judge(state.guard, loss, metrics["grad_norm"])
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

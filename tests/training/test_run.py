@@ -20,7 +20,7 @@ from .synthetic import MIXTURE, TINY, WIDER, Counting, tiny_run
         ({"steps": 2.5}, "steps must be a whole number, 0 or more, not 2.5"),
         ({"eval_every": 2.5}, "eval_every must be a whole number, at least 1, not 2.5"),
         ({"optimizer_state": "drop"}, "no optimizer-state policy 'drop'; there are reset, map"),
-        ({"remat": "some"}, "no remat 'some'; there are none, dots, full"),
+        ({"remat": "some"}, "no remat 'some'; there are none, dots, projections, offload, full"),
         ({"eval_every": 0}, "eval_every must be a whole number, at least 1, not 0"),
         ({"data": Counting(vocab_size=64)}, "vocab_size 64 is larger than the model's 32"),
         ({"data": Counting(sequence_length=32)}, "sequence_length 32 is longer than .* 16"),
