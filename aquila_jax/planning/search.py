@@ -14,7 +14,7 @@ from aquila_jax.sharding import MeshShape, mesh_shapes
 from aquila_jax.training.run import TrainRun, build
 
 # From the one that stores least to the one that stores all.
-_REMATS = tuple(reversed(REMAT_POLICIES))
+_REMATS = tuple(REMAT_POLICIES)[::-1]
 _BATCH_FACTORS = (1, 2, 0.5)
 
 
