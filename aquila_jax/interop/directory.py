@@ -49,6 +49,7 @@ class Directory:
         self._parameters = axes.parameters(self.config)
         self._maps: dict[Path, mmap.mmap] = {}
         self._entries = _find_tensors(self.path)
+        self._refuse_hopeless()
         biases = _output_biases(self.config.num_layers) if hub.has_output_bias else ()
         self._check_tensors(biases)
         for name in biases:
@@ -106,6 +107,17 @@ class Directory:
         flat = np.frombuffer(self._maps[file], dtype, count, entry.offset)
         return flat.reshape(entry.shape)
 
+    def _refuse_hopeless(self) -> None:
+        """A configuration of more layers or experts than there are tensors is not spelled out."""
+        config, found = self.config, len(self._entries)
+        experts = config.num_layers // config.moe_every * config.num_experts
+        if max(config.num_layers, experts) > found:
+            raise UserError(
+                f"{self.path}: config.json asks for {config.num_layers} layers"
+                + (f" and {config.num_experts} experts" if config.is_moe else "")
+                + f", and there are {found} tensors in all; fetch both again"
+            )
+
     def _check_tensors(self, biases: Iterable[str]) -> None:
         """Names, shapes and dtypes are those of the configuration."""
         expected = {
@@ -157,8 +169,13 @@ def _find_tensors(path: Path) -> dict[str, tuple[Path, Entry]]:
 def _shard_header(path: Path, file: str) -> dict[str, Entry]:
     if Path(file).name != file:
         raise UserError(f"{path / INDEX_FILE} names {file!r}, which is no file of this directory")
-    if not (path / file).is_file():
-        raise UserError(f"{path / INDEX_FILE} names {file}, which is missing; fetch it again")
+    try:
+        is_there = (path / file).is_file()
+    except OSError:  # a name too long to be one
+        is_there = False
+    if not is_there:
+        name = layout.printable(file)
+        raise UserError(f"{path / INDEX_FILE} names {name}, which is missing; fetch it again")
     return read_header(path / file)
 
 

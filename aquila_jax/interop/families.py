@@ -261,7 +261,10 @@ class HubConfig:
     def _number(self, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.refusal(f"rms_norm_eps and rope_theta must be numbers, not {value!r}")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise self.refusal("rms_norm_eps or rope_theta is too large") from error
 
     def _flag(self, key: str, default: bool = False) -> bool:
         return bool(self.values.get(key, default))
@@ -451,7 +454,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); fetch or write it again") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object, not {type(values).__name__}")

@@ -221,4 +221,10 @@ def refuse_listed(what: str, problems: Mapping[str, list[str]]) -> None:
 
 def _few(names: list[str]) -> str:
     rest = len(names) - _MOST_LISTED
-    return ", ".join(names[:_MOST_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+    listed = ", ".join(map(printable, names[:_MOST_LISTED]))
+    return listed + (f" and {rest} more" if rest > 0 else "")
+
+
+def printable(name: str) -> str:
+    """A name from a file, which may be anything, for a message of one line."""
+    return name if name.isprintable() else repr(name)

@@ -91,7 +91,9 @@ def _check_offsets(path: Path, entries: Mapping[str, Entry], start: int, size: i
 
 
 def _damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path} is no whole safetensors file: {what}; fetch or write it again")
+    # Names and words of the file are in it, which may be anything.
+    line = " ".join(what.split())
+    return UserError(f"{path} is no whole safetensors file: {line}; fetch or write it again")
 
 
 def plan_file(

@@ -26,6 +26,9 @@ from aquila_jax.interop.safetensors_format import plan_file
 
 MAX_SHARD_BYTES = 5 * 10**9
 
+# Bytes after which what was written goes to disk, while the next tensors are computed.
+_FLUSH_BYTES = 1 << 28
+
 # What goes with the weights and does not change when a model grows.
 COMPANIONS = (
     "tokenizer*",
@@ -69,6 +72,10 @@ class _Shard:
         while rest:
             done = os.pwrite(self._descriptor, rest, offset)
             rest, offset = rest[done:], offset + done
+
+    def flush(self) -> None:
+        """Make what was written so far durable."""
+        os.fdatasync(self._descriptor)
 
     def finish(self) -> None:
         """Make the content durable."""
@@ -140,7 +147,8 @@ class Writer:
         self._unwritten = set(self._places)
         self._lock = threading.Lock()
         self._syncing: list[Future[None]] = []
-        # Finished files go to disk while the next ones are computed.
+        self._unflushed = 0
+        # The disk is busy while the next tensors are computed.
         self._background = ThreadPoolExecutor(1)
 
     def write(
@@ -192,7 +200,7 @@ class Writer:
             shard, offset = self._places[name]
             with _refusals(self.path):
                 shard.put(content, offset)
-            self._count_down(shard)
+            self._count_down(shard, content.nbytes)
 
     def add_file(self, name: str, content: bytes) -> None:
         """Write a further file into the directory, within the block.
@@ -256,11 +264,15 @@ class Writer:
             places.update((name, (shards[-1], entry.offset)) for name, entry in entries.items())
         return shards, places
 
-    def _count_down(self, shard: _Shard) -> None:
+    def _count_down(self, shard: _Shard, num_bytes: int) -> None:
         with self._lock:
             shard.missing -= 1
+            self._unflushed += num_bytes
             if shard.missing == 0:
                 self._syncing.append(self._background.submit(shard.finish))
+            elif self._unflushed >= _FLUSH_BYTES:
+                self._unflushed = 0
+                self._syncing.append(self._background.submit(shard.flush))
 
     def _finish(self) -> None:
         if self._unwritten:
