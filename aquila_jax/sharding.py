@@ -140,6 +140,10 @@ class Layout:
                     f"('fsdp',), out of {', '.join(MESH_AXES)}; not {mesh_axes!r}"
                 )
 
+    def __hash__(self) -> int:
+        # Modules that carry a layout are static arguments of jitted functions.
+        return hash((self.mesh, tuple(sorted(self.rules.items()))))
+
     @classmethod
     def of(cls, mesh: Mesh, changes: Mapping[str, tuple[str, ...]]) -> "Layout":
         """`DEFAULT_RULES` with some of them changed, on `mesh`.

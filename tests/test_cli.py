@@ -26,6 +26,11 @@ REQUIRED = {
     "pretrain.gin": ["--gin.MODEL_DIR='runs/pretrain'"],
     "scale_up.gin": ["--gin.MODEL_DIR='runs/up'", "--gin.INIT_FROM='runs/pretrain'"],
     "scale_out.gin": ["--gin.MODEL_DIR='runs/out'", "--gin.INIT_FROM='runs/up'"],
+    "sft.gin": [
+        *("--gin.MODEL_DIR='runs/sft'", "--gin.INIT_FROM='runs/out'"),
+        *("--gin.DATA_FILE='chats.jsonl'", "--gin.TOKENIZER='runs/tokenizer'"),
+    ],
+    "sft_smollm2.gin": ["--gin.MODEL_DIR='runs/sft'", "--gin.DATA_FILE='chats.jsonl'"],
 }
 # The paper's batches are split over a pod; any multiple of the test's 8 devices will do.
 RUNNABLE = [path for path in GIN_FILES if path.parent.name in ("runs", "demo")]

@@ -3,8 +3,10 @@
     aquila train --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [--dry_run]
     aquila plan --gin_file=FILE --topology=v5p:4x4x8 [--slices=N] [--what=growth] [--search]
     aquila grow --from DIR --to DIR [--gin_file=GROWTH] [--gin.target.FIELD=VALUE ...]
-    aquila eval MODEL [--text FILE ...] [--task FILE ...]
+    aquila eval MODEL [--text FILE ...] [--task FILE ...] [--suite NAME]
     aquila compare MODEL MODEL ... [--text FILE ...] [--task FILE ...]
+    aquila lm_eval --model aquila --model_args pretrained=MODEL --tasks NAME
+    aquila humaneval MODEL --out FILE [--run_code]
     aquila generate MODEL [--prompt TEXT]
     aquila chat MODEL
     aquila convert --from MODEL --to DIR [--to_checkpoint]
@@ -29,6 +31,8 @@ from aquila_jax.cli import (
     evaluate,
     generate,
     grow,
+    harness,
+    humaneval,
     plan,
     report,
     train,
@@ -38,7 +42,20 @@ from aquila_jax.errors import UserError
 
 # In the order in which `aquila --help` lists them. A command's module has `add_to(commands)`, and
 # imports what costs time only when the command runs.
-COMMANDS = (train, plan, grow, evaluate, compare, generate, convert, verify, data, report)
+COMMANDS = (
+    train,
+    plan,
+    grow,
+    evaluate,
+    compare,
+    harness,
+    humaneval,
+    generate,
+    convert,
+    verify,
+    data,
+    report,
+)
 
 _GIN_FLAG = "--gin."
 _USER_MISTAKE = 2
@@ -49,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     bindings = [flag.removeprefix(_GIN_FLAG) for flag in rest if flag.startswith(_GIN_FLAG)]
-    if unknown := [flag for flag in rest if not flag.startswith(_GIN_FLAG)]:
+    unknown = [flag for flag in rest if not flag.startswith(_GIN_FLAG)]
+    if "passed_on" in arguments:
+        arguments.passed_on = unknown
+    elif unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     # Orbax tells of every file it writes, and of every task that fails with one; a run tells of its
     # checkpoints itself.

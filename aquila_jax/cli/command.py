@@ -76,6 +76,34 @@ def add_model_flags(command: argparse.ArgumentParser, *, positional: bool = True
         choices=("float32", "bfloat16"),
         help="of activations; float32 by default",
     )
+    command.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="devices along mesh axes, as in data=2,model=4; one device by default",
+    )
+
+
+def open_layout(mesh: str | None) -> Any:
+    """Where a model goes: None for one device, or a mesh described as in `data=2,model=4`.
+
+    Raises:
+        UserError: an axis is unknown, or the sizes do not multiply to the number of devices.
+    """
+    if not mesh:
+        return None
+    from aquila_jax.sharding import MESH_AXES, Layout, MeshShape
+
+    # An axis that is not named has one device.
+    numbers: dict[str, int] = dict.fromkeys(MESH_AXES, 1)
+    try:
+        for part in mesh.split(","):
+            axis, _, size = part.partition("=")
+            numbers[axis] = int(size)
+    except ValueError as error:
+        raise UserError(f"--mesh {mesh} is not of the form data=2,model=4") from error
+    if unknown := sorted(set(numbers) - set(MESH_AXES)):
+        raise UserError(f"--mesh names {', '.join(unknown)}; mesh axes are {', '.join(MESH_AXES)}")
+    return Layout(MeshShape(**numbers).build())
 
 
 def load_model(path: str, *, tokenizer: str | None) -> tuple[Any, "ModelConfig", Any]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from aquila_jax.cli.command import add_command, add_model_flags, load_model, refuse_bindings
 from aquila_jax.cli.gin_files import add_gin_flags, with_run
-from aquila_jax.cli.measuring import add_measure_flags, measure, measure_texts
+from aquila_jax.cli.measuring import add_measure_flags, check_measures, measure, measure_texts
 from aquila_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ def _evaluate(arguments: argparse.Namespace, bindings: list[str]) -> int:
     if arguments.model is None:
         return _evaluate_run(arguments, bindings)
     refuse_bindings("eval of a MODEL", bindings)
-    if not arguments.text and not arguments.task:
-        raise UserError("nothing to measure on: give --text or --task")
+    check_measures(arguments)
     model = load_model(arguments.model, tokenizer=arguments.tokenizer)
     if arguments.text:
         print("text\ttokens\tbytes\tnats per token\tperplexity\tbits per byte")
@@ -43,7 +42,7 @@ def _evaluate(arguments: argparse.Namespace, bindings: list[str]) -> int:
                 f"{name}\t{loss.num_tokens}\t{loss.num_bytes}\t{loss.per_token:.4f}\t"
                 f"{loss.perplexity:.3f}\t{loss.bits_per_byte:.4f}"
             )
-    if arguments.task:
+    if arguments.task or arguments.suite:
         arguments.text = []
         print("task\tquestions\taccuracy")
         for name, found in measure(model, arguments).items():

@@ -6,7 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aquila_jax.cli.command import add_command, add_model_flags, load_model, refuse_bindings
+from aquila_jax.cli.command import (
+    add_command,
+    add_model_flags,
+    load_model,
+    open_layout,
+    refuse_bindings,
+)
 from aquila_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,7 +63,10 @@ def _open(arguments: argparse.Namespace) -> tuple["Generator", dict[str, Any]]:
         ),
     }
     model = load_model(arguments.model, tokenizer=arguments.tokenizer)
-    return Generator(*model, dtype=arguments.dtype, batch_size=1), options
+    layout = open_layout(arguments.mesh)
+    # One prompt at a time, which every part of the mesh that batches would divide over reads.
+    rows = 1 if layout is None else layout.batch_shards
+    return Generator(*model, dtype=arguments.dtype, batch_size=rows, layout=layout), options
 
 
 def _show(pieces: Iterable[str]) -> str:
@@ -80,7 +89,7 @@ def _generate(arguments: argparse.Namespace, bindings: list[str]) -> int:
 
 def _chat(arguments: argparse.Namespace, bindings: list[str]) -> int:
     refuse_bindings("chat", bindings)
-    from aquila_jax.evaluation.chat import open_chat_template
+    from aquila_jax.data.chat import open_chat_template
 
     template = open_chat_template(Path(arguments.tokenizer or arguments.model))
     generator, options = _open(arguments)

@@ -190,6 +190,7 @@ def _register_runs() -> None:
     for configurable in (
         config.ModelConfig,
         config.preset,
+        data.ChatData,
         data.TextData,
         data.TokenCache,
         sharding.MeshShape,

@@ -1,14 +1,17 @@
 """The texts and tasks that `aquila eval` and `aquila compare` are given, and measuring on them."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aquila_jax.cli.command import open_layout
 from aquila_jax.errors import UserError
 
 if TYPE_CHECKING:
     from aquila_jax.evaluation.gate import Results
     from aquila_jax.evaluation.scoring import Scorer
+    from aquila_jax.evaluation.tasks import Question
     from aquila_jax.evaluation.windows import TextLoss
 
 
@@ -27,6 +30,13 @@ def add_measure_flags(command: argparse.ArgumentParser) -> None:
         default=[],
         metavar="[NAME=]FILE",
         help="multiple choice in JSONL: context, choices, answer. May be repeated",
+    )
+    command.add_argument(
+        "--suite",
+        help="named tasks: packaged (they come in a package), or paper (the table of the paper)",
+    )
+    command.add_argument(
+        "--data", default="data/tasks", metavar="DIR", help="where a suite's data is; data/tasks"
     )
     command.add_argument(
         "--ranking",
@@ -61,15 +71,14 @@ def measure(model: tuple[Any, ...], arguments: argparse.Namespace) -> dict[str, 
         UserError: nothing is to be measured, or a file is absent, empty or not valid.
     """
     from aquila_jax.evaluation.gate import Results
-    from aquila_jax.evaluation.tasks import is_right, read_task
+    from aquila_jax.evaluation.tasks import is_right
     from aquila_jax.evaluation.windows import pieces, read_text, text_losses
 
-    texts, tasks = _named(arguments.text), _named(arguments.task)
-    if not texts and not tasks:
-        raise UserError("nothing to measure on: give --text or --task")
+    check_measures(arguments)
+    texts = _named(arguments.text)
     # Everything is read before anything is measured: mistakes cost no hours.
     items = {name: pieces(read_text(path))[: arguments.limit] for name, path in texts.items()}
-    questions = {name: read_task(path)[: arguments.limit] for name, path in tasks.items()}
+    questions = _questions(arguments)
     scorer = _scorer(model, arguments)
     results = {}
     for name, parts in items.items():
@@ -87,6 +96,43 @@ def measure(model: tuple[Any, ...], arguments: argparse.Namespace) -> dict[str, 
     return results
 
 
+def check_measures(arguments: argparse.Namespace) -> None:
+    """Something is asked for.
+
+    Raises:
+        UserError: nothing is.
+    """
+    if not (arguments.text or arguments.task or arguments.suite):
+        raise UserError("nothing to measure on: give --text, --task or --suite")
+
+
+def _questions(arguments: argparse.Namespace) -> dict[str, "list[Question]"]:
+    """Of all tasks, by name; what a suite lacks is said on standard error."""
+    from aquila_jax.evaluation.suite import GENERATED, SUITES, AbsentData, read_suite_task
+    from aquila_jax.evaluation.tasks import read_task
+
+    found = {name: read_task(path) for name, path in _named(arguments.task).items()}
+    if arguments.suite is not None and arguments.suite not in SUITES:
+        raise UserError(f"no suite {arguments.suite!r}; there are {', '.join(SUITES)}")
+    suite = SUITES.get(arguments.suite or "", {})
+    missing = []
+    for name, task in suite.items():
+        if name in found:
+            raise UserError(f"a --task has the name of the suite's {name}: give it another, NAME=")
+        try:
+            found[name] = read_suite_task(task, arguments.data)
+        except AbsentData as error:
+            missing.append(f"{name}: {error}")
+    if suite and len(missing) == len(suite):
+        raise UserError(f"no task of {arguments.suite} has its data; {missing[0]}")
+    for line in missing:
+        print(line, file=sys.stderr)
+    if arguments.suite == "paper":
+        for name, command in GENERATED.items():
+            print(f"{name}: this task generates; do it by `{command}`", file=sys.stderr)
+    return {name: questions[: arguments.limit] for name, questions in found.items()}
+
+
 def _scorer(model: tuple[Any, ...], arguments: argparse.Namespace) -> "Scorer":
     from aquila_jax.evaluation.scoring import Scorer
 
@@ -95,6 +141,7 @@ def _scorer(model: tuple[Any, ...], arguments: argparse.Namespace) -> "Scorer":
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
         max_length=arguments.max_length,
+        layout=open_layout(arguments.mesh),
     )
 
 

@@ -13,9 +13,11 @@ from aquila_jax.config import ModelConfig
 from aquila_jax.data.pretrained_tokenizer import Tokenizer
 from aquila_jax.errors import UserError
 from aquila_jax.evaluation.sampling import Sampling, choose
+from aquila_jax.evaluation.scoring import placed_on
 from aquila_jax.evaluation.stopping import TextStream, check_stops
 from aquila_jax.nn.cache import Cache, extend, prefill, unroll
 from aquila_jax.nn.transformer import Transformer
+from aquila_jax.sharding import Layout
 
 GREEDY = Sampling()
 # Widths of prompts and sizes of caches are multiples of this, so that few shapes are compiled.
@@ -47,9 +49,11 @@ class Generator:
         batch_size: rows generated together.
         steps_per_call: tokens between two looks at what was generated; more is faster, and up to
             so many are computed in vain after a text's end.
+        layout: where parameters and rows go on a mesh; None is one device.
 
     Raises:
-        UserError: the tokenizer has ids that the model does not know.
+        UserError: the tokenizer has ids that the model does not know, or parameters or rows do
+            not divide over the mesh.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Generator:
         dtype: DTypeLike = jnp.float32,
         batch_size: int = 8,
         steps_per_call: int = 8,
+        layout: Layout | None = None,
     ) -> None:
         if tokenizer.num_ids > config.vocab_size:
             raise UserError(
@@ -70,8 +75,9 @@ class Generator:
         for name, value in (("batch_size", batch_size), ("steps_per_call", steps_per_call)):
             if value < 1:
                 raise UserError(f"{name} must be 1 or more, not {value}")
-        self._model = Transformer(config, dtype=dtype, unrolled=True)
-        self._params = unroll(params, config)
+        self._model = Transformer(config, dtype=dtype, layout=layout, unrolled=True)
+        self._params = unroll(placed_on(layout, params, config, batch_size=batch_size), config)
+        self._layout = layout
         self._tokenizer = tokenizer
         self._batch_size, self._steps_per_call = batch_size, steps_per_call
 
@@ -168,18 +174,23 @@ class Generator:
         sampling: Sampling,
     ) -> Iterator[None]:
         """Generate for some prompts together; yields when their streams have something new."""
-        tokens_BT, is_token_BT = _padded([prompts[row] for row in rows], self._tokenizer.pad_id)
+        # On a mesh rows must divide, so a batch is filled up with copies of its first.
+        missing = 0 if self._layout is None else self._batch_size - len(rows)
+        computed = [*rows, *rows[:1] * missing]
+        tokens_BT, is_token_BT = _padded([prompts[row] for row in computed], self._tokenizer.pad_id)
+        if self._layout is not None:
+            tokens_BT, is_token_BT = jax.device_put((tokens_BT, is_token_BT), self._layout.batch())
         steps = self._steps_per_call
         needed = tokens_BT.shape[1] + max_new_tokens + steps
         logits_BV, cache = _read(
             self._model, -needed // _MULTIPLE * -_MULTIPLE, self._params, tokens_BT, is_token_BT
         )
-        rows_B = jnp.asarray(rows)
+        rows_B = jnp.asarray(computed)
         next_B = choose(logits_BV, sampling, rows_B, jnp.asarray(0))
         step = 1
         generated_Bn = next_B[:, None]
         while True:
-            for row, ids in zip(rows, np.asarray(generated_Bn).tolist(), strict=True):
+            for row, ids in zip(rows, np.asarray(generated_Bn).tolist(), strict=False):
                 for token in ids:
                     streams[row].push(token)
             yield

@@ -13,6 +13,7 @@ from aquila_jax.config import ModelConfig
 from aquila_jax.data.pretrained_tokenizer import Tokenizer
 from aquila_jax.errors import UserError
 from aquila_jax.nn.transformer import Transformer
+from aquila_jax.sharding import Layout
 
 # Rows are padded to a multiple of this, so that few shapes are compiled.
 _MULTIPLE = 64
@@ -42,9 +43,11 @@ class Scorer:
         dtype: of activations.
         batch_size: rows scored together.
         max_length: tokens a row holds; None is the model's context.
+        layout: where parameters and rows go on a mesh; None is one device.
 
     Raises:
-        UserError: the tokenizer has ids that the model does not know, or a number is too small.
+        UserError: the tokenizer has ids that the model does not know, a number is too small, or
+            parameters or rows do not divide over the mesh.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Scorer:
         dtype: DTypeLike = jnp.float32,
         batch_size: int = 8,
         max_length: int | None = None,
+        layout: Layout | None = None,
     ) -> None:
         if tokenizer.num_ids > config.vocab_size:
             raise UserError(
@@ -71,8 +75,9 @@ class Scorer:
         if batch_size < 1:
             raise UserError(f"batch_size must be 1 or more, not {batch_size}")
         self.tokenizer = tokenizer
-        self._params, self._batch_size = params, batch_size
-        self._model = Transformer(config, dtype=dtype)
+        self._params = placed_on(layout, params, config, batch_size=batch_size)
+        self._batch_size, self._layout = batch_size, layout
+        self._model = Transformer(config, dtype=dtype, layout=layout)
 
     @property
     def start_id(self) -> int:
@@ -149,12 +154,31 @@ class Scorer:
             tokens_BT[number, :length] = ids[:-1]
             targets_BT[number, :length] = ids[1:]
             weights_BT[number, length - num_scored : length] = 1
-        sums_B, greedy_B = _scored(self._model, self._params, tokens_BT, targets_BT, weights_BT)
+        given = (tokens_BT, targets_BT, weights_BT)
+        if self._layout is not None:
+            given = jax.device_put(given, self._layout.batch())
+        sums_B, greedy_B = _scored(self._model, self._params, *given)
         sums_B, greedy_B = np.asarray(sums_B), np.asarray(greedy_B)
         return [
             Score(float(sums_B[number]), bool(greedy_B[number]), num_scored)
             for number, (_, num_scored) in enumerate(rows)
         ]
+
+
+def placed_on(layout: Layout | None, params: Any, config: ModelConfig, *, batch_size: int) -> Any:
+    """Parameters on a mesh; as they are where there is none.
+
+    Raises:
+        UserError: they, or the rows of a batch, do not divide over it.
+    """
+    if layout is None:
+        return params
+    if batch_size % layout.batch_shards:
+        raise UserError(
+            f"batch_size {batch_size} does not divide over the {layout.batch_shards} devices of "
+            "the mesh's batch axes"
+        )
+    return jax.device_put(params, layout.params(config))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -166,6 +190,7 @@ def _scored(
     logits_BTV = jnp.asarray(model.apply({"params": params}, tokens_BT))
     chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     log_likelihood_BT = chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
-    is_best_BT = jnp.argmax(logits_BTV, axis=-1) == targets_BT
+    # Not by argmax, whose reduction of pairs CPUs do slowly; of equal logits each is the likeliest.
+    is_best_BT = chosen_BT >= jnp.max(logits_BTV, axis=-1)
     sums_B = jnp.sum(jnp.where(weights_BT > 0, log_likelihood_BT, 0), axis=-1)
     return sums_B, jnp.all(is_best_BT | (weights_BT == 0), axis=-1)

@@ -9,8 +9,9 @@ from typing import Any
 from aquila_jax.errors import UserError
 from aquila_jax.evaluation.scoring import Score, Scorer
 
-# How choices are ranked. "ppl" is OpenCompass's: the mean over the tokens of context and choice
-# together; the others are sums over the choice's tokens, as they are, by its tokens or its bytes.
+# How choices are ranked. "ppl" is OpenCompass's: the sum over context and choice together, all but
+# the first token, divided by the number of all tokens with the first; the others are sums over the
+# choice's tokens, as they are, by its tokens or its bytes.
 RANKINGS = ("ppl", "sum", "token", "byte")
 
 
@@ -58,7 +59,15 @@ def _question(values: Any) -> Question:
         raise UserError(f"a question is an object, not {type(values).__name__}")
     if missing := [name for name in ("context", "choices", "answer") if name not in values]:
         raise UserError(f"the question has no {', '.join(missing)}")
-    context, choices, answer = values["context"], values["choices"], values["answer"]
+    return make_question(values["context"], values["choices"], values["answer"])
+
+
+def make_question(context: Any, choices: Any, answer: Any) -> Question:
+    """A question from values as a file gives them; see `read_task`.
+
+    Raises:
+        UserError: they are no question.
+    """
     if not isinstance(context, str):
         raise UserError(f"context must be a text, not {context!r}")
     if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
@@ -91,23 +100,29 @@ def is_right(scorer: Scorer, questions: Sequence[Question], *, ranking: str = "p
         for choice in question.choices
     ]
     if ranking == "ppl":
-        # The whole text counts, but for what it begins with.
-        pairs = [([scorer.start_id], _whole(pair, scorer)) for pair in pairs]
+        pairs = [_whole(pair, scorer) for pair in pairs]
     scores = iter(scorer.score(pairs))
     return [_best(question.choices, scores, ranking) == question.answer for question in questions]
 
 
-def _whole(pair: tuple[list[int], list[int]], scorer: Scorer) -> list[int]:
+def _whole(
+    pair: tuple[Sequence[int], Sequence[int]], scorer: Scorer
+) -> tuple[list[int], list[int]]:
+    """The first token of the text that both make, and the rest; a text of one follows a start.
+
+    What stands for an empty context is no part of the text.
+    """
     context, choice = pair
-    text = [*context, *choice]
-    text = text[1:] if text[0] == scorer.start_id else text
-    return text[-scorer.max_length :]
+    text = [*([] if list(context) == [scorer.start_id] else context), *choice]
+    text = text[-(scorer.max_length + 1) :]
+    return (text[:1], text[1:]) if len(text) > 1 else ([scorer.start_id], text)
 
 
 def _best(choices: Sequence[str], scores: Iterator[Score], ranking: str) -> int:
     values = []
     for choice in choices:
         score = next(scores)
-        count = {"sum": 1, "byte": len(choice.encode())}.get(ranking, score.num_tokens)
+        counts = {"sum": 1, "byte": len(choice.encode()), "ppl": score.num_tokens + 1}
+        count = counts.get(ranking, score.num_tokens)
         values.append(score.log_likelihood / count)
     return max(range(len(values)), key=values.__getitem__)

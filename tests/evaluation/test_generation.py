@@ -8,6 +8,7 @@ import pytest
 from aquila_jax.errors import UserError
 from aquila_jax.evaluation.generation import Generator
 from aquila_jax.evaluation.sampling import Sampling
+from aquila_jax.sharding import Layout, MeshShape
 
 from .letters import Letters
 
@@ -96,3 +97,12 @@ def test_a_tokenizer_of_another_model_is_refused(params, mixture):
     small = dataclasses.replace(mixture, vocab_size=60)
     with pytest.raises(UserError, match="61 ids"):
         Generator(params, small, Letters())
+
+
+def test_a_mesh_says_what_one_device_says(mixture, params, generator):
+    layout = Layout(MeshShape(data=2, fsdp=2, expert=2).build())
+    meshed = Generator(params, mixture, Letters(), batch_size=4, layout=layout)
+    asked = PROMPTS[:3]  # one row less than the batch
+    assert meshed.generate(asked, max_new_tokens=NEW) == generator.generate(
+        asked, max_new_tokens=NEW
+    )

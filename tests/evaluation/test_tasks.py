@@ -63,14 +63,20 @@ class Priced:
 
 @pytest.mark.parametrize(
     ("ranking", "best"),
-    # Prices: "!" 3, "#" 5, "$" 6; the context "-" 15.
+    # Prices: "!" 3, "#" 5, "$" 6, "-" 15.
     [("sum", 0), ("token", 1), ("byte", 1), ("ppl", 2)],
 )
 def test_rankings_divide_by_what_they_say(ranking, best):
     choices = ("#", "!!", "$" * 16)
-    questions = [Question("-", choices, answer) for answer in range(3)]
+    questions = [Question("---", choices, answer) for answer in range(3)]
     right = is_right(Priced(), questions, ranking=ranking)  # pyright: ignore[reportArgumentType]
     assert right == [answer == best for answer in range(3)]
+
+
+def test_the_first_token_of_a_text_is_counted_and_not_scored():
+    # 10 / 3 and 6 / 2; without the first token 10 / 2 and 6 / 1, and the other would be best.
+    question = Question("-", ("##", "$"), 1)
+    assert is_right(Priced(), [question]) == [True]  # pyright: ignore[reportArgumentType]
 
 
 def test_an_unknown_ranking_is_refused():

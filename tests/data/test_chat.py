@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from aquila_jax.data.chat import ChatTemplate, open_chat_template
 from aquila_jax.errors import UserError
-from aquila_jax.evaluation.chat import ChatTemplate, open_chat_template
 
 SOURCE = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"

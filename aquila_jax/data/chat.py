@@ -17,6 +17,9 @@ _TEMPLATE_FILE = "chat_template.jinja"
 class ChatTemplate:
     """A chat template: a Jinja program from the model's files, run where it can reach nothing.
 
+    Attributes:
+        source: the program.
+
     Args:
         source: the program.
         special: what it may name: `bos_token`, `eos_token` and the like.
@@ -41,6 +44,7 @@ class ChatTemplate:
             raise UserError(f"the chat template refuses this conversation: {message}")
 
         environment.globals["raise_exception"] = refuse
+        self.source = source
         self._special = special
         self._errors = jinja2.TemplateError
         try:

