@@ -160,6 +160,16 @@ def test_a_token_cache_takes_the_place_of_text(capsys, tmp_path):
     assert "CACHE must be set" in _error(capsys, "train", "--dry_run", *files)
 
 
+def test_own_text_takes_the_place_of_the_demonstrations(capsys, tmp_path):
+    files = [f"--gin_file={DENSE}", "--gin_file=gin_configs/data/own_text.gin"]
+    assert cli.main(["train", "--dry_run", *files, "--gin.TEXT='/data/*.txt'"]) == 0
+    assert "TextFiles.pattern = %TEXT" in capsys.readouterr().out
+    assert "TEXT must be set" in _error(capsys, "train", "--dry_run", *files)
+    prepare = ["data", "prepare", "--to", str(tmp_path / "cache"), "--source"]
+    assert "--source takes NAME=LANGUAGE:PATTERN" in _error(capsys, *prepare, "/data/*.txt")
+    assert "no file matches" in _error(capsys, *prepare, f"web=en:{tmp_path}/*.txt")
+
+
 def test_required_macros_are_listed_with_the_flags_to_add(capsys):
     error = _error(capsys, "train", "--gin_file=gin_configs/runs/scale_up.gin", "--dry_run")
     assert "MODEL_DIR, INIT_FROM must be set" in error or "INIT_FROM, MODEL_DIR" in error

@@ -192,6 +192,7 @@ def _register_runs() -> None:
         config.preset,
         data.ChatData,
         data.TextData,
+        data.TextFiles,
         data.TokenCache,
         sharding.MeshShape,
         training.AdamW,

@@ -4,7 +4,7 @@ from aquila_jax.data.cache import TokenCache, prepare_cache, write_cache
 from aquila_jax.data.chat_data import ChatData
 from aquila_jax.data.pipeline import Batch, TextData
 from aquila_jax.data.pretrained_tokenizer import open_tokenizer
-from aquila_jax.data.sources import SOURCES, Document, is_validation
+from aquila_jax.data.sources import SOURCES, Document, TextFiles, is_validation
 from aquila_jax.data.vocabulary import load_vocabulary, train_sentencepiece
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "ChatData",
     "Document",
     "TextData",
+    "TextFiles",
     "TokenCache",
     "is_validation",
     "load_vocabulary",

@@ -54,14 +54,14 @@ def prepare_cache(data: TextData, path: str | Path) -> None:
     """
     data.prepare()
     tokenizer = data.tokenizer
-    rates = dict(data.mixture_rates)
     wanted: dict[Split, str] = {
-        ("train", name): name for name in sources.SOURCES if rates.get(name, 0) > 0
+        ("train", name): name for name in data.known if data.rates.get(name, 0) > 0
     }
-    wanted |= {("validation", source.language): name for name, source in sources.SOURCES.items()}
+    for part, name in sources.validation_parts(data.known).items():
+        wanted["validation", part] = name
 
     def documents(split: str, name: str) -> Iterator[list[int]]:
-        for document in sources.read_split(name, data.text_dir, split):
+        for document in sources.read_split(name, data.text_dir, split, data.known):
             yield [*tokenizer.encode(document.text), tokenizer.eos_id]
 
     write_cache(

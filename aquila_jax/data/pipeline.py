@@ -1,15 +1,22 @@
-"""Packed, shuffled, resumable batches of the demonstration's text."""
+"""Packed, shuffled, resumable batches of text."""
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from aquila_jax.data import sources
 from aquila_jax.data.pretrained_tokenizer import Tokenizer, open_tokenizer, start_id
+from aquila_jax.data.sources import (
+    SOURCES,
+    AnySource,
+    TextFiles,
+    read_split,
+    validation_parts,
+)
 from aquila_jax.data.vocabulary import train_sentencepiece
 from aquila_jax.errors import UserError
 
@@ -39,17 +46,22 @@ VALIDATION_SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class TextData:
-    """The bilingual text of the demonstration: English speeches and Chinese laws.
+    """Text, tokenized and packed as it is read: a person's own, or the demonstration's.
 
     Attributes:
-        text_dir: folder the two text packages are unpacked in.
+        text_dir: folder that the demonstration's two text packages are unpacked in, and that
+            relative patterns of `sources` begin at.
         tokenizer_path: sentencepiece model, which `prepare` trains where it is absent; or the
             tokenizer of a pretrained model: its directory, `tokenizer.json` or GGUF file.
         vocab_size: number of ids of the tokenizer.
         sequence_length: T, tokens a row.
         batch_size: B, rows a batch.
         mixture_rates: (source, rate) pairs or a mapping: relative numbers of pieces to draw from
-            each source in training. A source left out, or of rate 0, is not trained on.
+            each source in training. A source left out, or of rate 0, is not trained on. None:
+            equally many from each.
+        sources: (name, `TextFiles`) pairs or a mapping: text to train and to validate on. All
+            documents of a source are held in memory; a `TokenCache` is for what is larger. None
+            of them: English speeches and Chinese laws, the demonstration's text.
         seed: of the training order.
         shuffle_buffer: pieces (of at most T tokens) of each source that are shuffled together;
             as many are tokenized before the first batch.
@@ -60,10 +72,8 @@ class TextData:
     vocab_size: int = 8192
     sequence_length: int = 256
     batch_size: int = 32
-    mixture_rates: Mapping[str, float] | tuple[tuple[str, float], ...] = (
-        ("sotu_en", 1.0),
-        ("china_law_zh", 1.0),
-    )
+    mixture_rates: Mapping[str, float] | tuple[tuple[str, float], ...] | None = None
+    sources: Mapping[str, TextFiles] | tuple[tuple[str, TextFiles], ...] = ()
     seed: int = 0
     shuffle_buffer: int = 2048
 
@@ -71,15 +81,26 @@ class TextData:
         for name, least in {"sequence_length": 2, "batch_size": 1, "shuffle_buffer": 1}.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
-        rates = dict(self.mixture_rates)
-        unknown = sorted(set(rates) - set(sources.SOURCES))
+        rates = self.rates
+        unknown = sorted(set(rates) - set(self.known))
         if unknown:
             raise UserError(
-                f"mixture_rates names {', '.join(unknown)}: the sources are "
-                f"{', '.join(sources.SOURCES)}"
+                f"mixture_rates names {', '.join(unknown)}: the sources are {', '.join(self.known)}"
             )
         if min(rates.values(), default=0.0) < 0 or not sum(rates.values()) > 0:
             raise UserError(f"mixture_rates are {rates}: make none negative and one positive")
+
+    @property
+    def known(self) -> Mapping[str, AnySource]:
+        """The sources by name."""
+        return dict(self.sources) or SOURCES
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The relative numbers of pieces by source."""
+        if self.mixture_rates is None:
+            return dict.fromkeys(self.known, 1.0)
+        return dict(self.mixture_rates)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -93,18 +114,21 @@ class TextData:
     def prepare(self) -> None:
         """Trains the tokenizer on the training split, unless `tokenizer_path` exists.
 
-        Takes about five seconds, and does not import TensorFlow.
+        Takes about five seconds for the demonstration's text; does not import TensorFlow.
 
         Raises:
             UserError: a text is missing; the tokenizer there has another number of ids; the text
                 cannot give `vocab_size` pieces; or a pretrained model's tokenizer is absent.
         """
-        texts = {
-            source.language: [d.text for d in sources.read_split(name, self.text_dir, "train")]
-            for name, source in sources.SOURCES.items()
-        }
         path = Path(self.tokenizer_path)
-        if path.suffix == TRAINED_SUFFIX and not path.exists():
+        is_trained = path.suffix == TRAINED_SUFFIX and not path.exists()
+        texts: dict[str, list[str]] = {}
+        for name, source in self.known.items():
+            documents = read_split(name, self.text_dir, "train", self.known)
+            # Where there is a tokenizer, one document tells that the text is there.
+            read = documents if is_trained else itertools.islice(documents, 1)
+            texts.setdefault(source.language, []).extend(document.text for document in read)
+        if is_trained:
             train_sentencepiece(texts, self.tokenizer_path, self.vocab_size)
         self._check_vocab_size()
 
@@ -117,7 +141,7 @@ class TextData:
             UserError: there is no tokenizer yet.
         """
         order = (
-            sorted(dict(self.mixture_rates).items()),
+            sorted(self.rates.items()),
             *(self.sequence_length, self.batch_size, self.seed, self.shuffle_buffer),
         )
         return {
@@ -147,7 +171,7 @@ class TextData:
         from aquila_jax.data import tasks
 
         mixture = tasks.register_mixture(
-            dict(self.mixture_rates), self.text_dir, self.tokenizer_path, self.shuffle_buffer
+            self.rates, self.text_dir, self.tokenizer_path, self.shuffle_buffer, self.known
         )
         pieces = mixture.get_dataset(
             {tasks.FEATURE: self.sequence_length}, "train", seed=self.seed, num_epochs=None
@@ -162,7 +186,8 @@ class TextData:
         documents, and hold no piece twice. The last batch there is may end in rows of padding.
 
         Returns:
-            For each language code (`en`, `zh`), batches as in `train_batches`.
+            For each language code (`en`, `zh`), batches as in `train_batches`; sources of the
+            same language go by their names.
 
         Raises:
             UserError: as `train_batches`; or there is less held-out text.
@@ -171,8 +196,8 @@ class TextData:
             raise UserError(f"num_batches is {num_batches}: ask for at least 1 validation batch")
         self._check_vocab_size()
         return {
-            source.language: self._validation_batches(name, num_batches)
-            for name, source in sources.SOURCES.items()
+            part: self._validation_batches(name, num_batches)
+            for part, name in validation_parts(self.known).items()
         }
 
     def encode(self, text: str) -> list[int]:
@@ -197,7 +222,9 @@ class TextData:
     def _validation_batches(self, name: str, num_batches: int) -> list[Batch]:
         from aquila_jax.data import tasks
 
-        task = tasks.register_task(name, self.text_dir, self.tokenizer_path, self.shuffle_buffer)
+        task = tasks.register_task(
+            name, self.text_dir, self.tokenizer_path, self.shuffle_buffer, self.known
+        )
         lengths = {tasks.FEATURE: self.sequence_length}
         pieces = task.get_dataset(lengths, "validation", shuffle=False)
         # One buffer for all: the order must not depend on the setting for training.

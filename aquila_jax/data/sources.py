@@ -1,12 +1,17 @@
-"""Where the demonstration's text lies, and which documents are held out.
+"""Where text lies, and which documents are held out.
 
-The text comes from two installed packages that are read by path and never imported. A document
-is one speech or one version of one law; the held-out split is by document, so no validation
-sequence is the continuation of a training sequence.
+A person's own text is files of documents (`TextFiles`). The demonstration's comes from two
+installed packages that are read by path and never imported; there a document is one speech or one
+version of one law. The held-out split is by document, so no validation sequence is the
+continuation of a training sequence.
 """
 
 import contextlib
+import dataclasses
+import glob
+import gzip
 import hashlib
+import json
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +35,66 @@ class Source(NamedTuple):
 
     language: str
     read: Callable[[str], Iterator[Document]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFiles:
+    """A person's own text: files of which each is a document, or each line is one.
+
+    Attributes:
+        pattern: of file names, as `/data/web/**/*.jsonl.gz`; `.jsonl` files hold a JSON object a
+            line, all others one document of plain UTF-8. Either may be compressed (`.gz`).
+        language: what reports call it; sources of one language are reported by their names.
+        text_key: of a JSON object, where its text is.
+    """
+
+    pattern: str
+    language: str = "en"
+    text_key: str = "text"
+
+    def read(self, text_dir: str) -> Iterator[Document]:
+        """Yields the documents, by file name and line; a document's id is made of these.
+
+        Args:
+            text_dir: what a relative pattern begins at.
+
+        Raises:
+            UserError: no file has such a name, or one is not what its name says.
+        """
+        pattern = Path(text_dir, self.pattern)
+        # Ids begin where wildcards do: they are the same wherever the text lies.
+        root = next((p for p in pattern.parents if not glob.has_magic(str(p))), Path())
+        paths = sorted(map(Path, glob.glob(str(pattern), recursive=True)))
+        if not any(path.is_file() for path in paths):
+            raise UserError(f"no file matches {pattern}: set TextFiles.pattern")
+        for path in paths:
+            if path.is_file():
+                yield from self._documents(path, path.relative_to(root).as_posix())
+
+    def _documents(self, path: Path, name: str) -> Iterator[Document]:
+        # What precedes an @ would name a family.
+        name = name.replace("@", "_")
+        opened = gzip.open if path.suffix == ".gz" else open
+        number = 0
+        try:
+            # newline="": the text as it is, not with its line ends translated.
+            with opened(path, "rt", encoding="utf-8", newline="") as file:
+                if ".jsonl" not in path.suffixes:
+                    yield Document(name, file.read())
+                    return
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield Document(f"{name}:{number}", self._text_of(line))
+        except (OSError, EOFError, ValueError) as error:
+            at = f" line {number}" if number else ""
+            raise UserError(f"cannot read {path}{at}: {error}") from error
+
+    def _text_of(self, line: str) -> str:
+        example = json.loads(line)
+        text = example.get(self.text_key) if isinstance(example, dict) else None
+        if not isinstance(text, str):
+            raise ValueError(f"no text under {self.text_key!r}; set TextFiles.text_key")
+        return text
 
 
 def read_speeches(text_dir: str) -> Iterator[Document]:
@@ -99,14 +164,31 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
 )
 
 
-def read_split(name: str, text_dir: str, split: str) -> Iterator[Document]:
-    """Yields the documents of source `name` that belong to `split`.
+AnySource = Source | TextFiles
+
+
+def validation_parts(known: Mapping[str, AnySource]) -> dict[str, str]:
+    """The name of each source by what its held-out text is called.
+
+    That is its language where no other source has it, and its own name otherwise.
+    """
+    languages = [source.language for source in known.values()]
+    return {
+        source.language if languages.count(source.language) == 1 else name: name
+        for name, source in known.items()
+    }
+
+
+def read_split(
+    name: str, text_dir: str, split: str, known: Mapping[str, AnySource] = SOURCES
+) -> Iterator[Document]:
+    """Yields the documents of source `name` of `known` that belong to `split`.
 
     Raises:
-        UserError: the source's text is missing, or none of it falls into this split.
+        UserError: the source's text is missing or damaged, or none of it falls into this split.
     """
     found = False
-    for document in SOURCES[name].read(text_dir):
+    for document in known[name].read(text_dir):
         if is_validation(document.id) == (split == "validation"):
             found = True
             yield document

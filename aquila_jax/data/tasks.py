@@ -31,10 +31,11 @@ class DocumentSource(seqio.DataSource):
     cannot be shuffled in general. This order can.
     """
 
-    def __init__(self, name: str, text_dir: str):
+    def __init__(self, name: str, text_dir: str, known: Mapping[str, sources.AnySource]):
         super().__init__(splits=SPLITS)
         self._name = name
         self._text_dir = text_dir
+        self._known = known
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
@@ -61,7 +62,8 @@ class DocumentSource(seqio.DataSource):
         Raises:
             UserError: as `sources.read_split`.
         """
-        texts = [d.text for d in sources.read_split(self._name, self._text_dir, split)]
+        documents = sources.read_split(self._name, self._text_dir, split, self._known)
+        texts = [document.text for document in documents]
         dataset = tf.data.Dataset.from_tensor_slices(texts).map(lambda text: {FEATURE: text})
         return dataset.shuffle(len(texts), seed=seed) if shuffle else dataset
 
@@ -98,14 +100,21 @@ def split_documents(
     return dataset.flat_map(pieces)
 
 
-def register_task(name: str, text_dir: str, tokenizer_path: str, shuffle_buffer: int) -> Any:
+def register_task(
+    name: str,
+    text_dir: str,
+    tokenizer_path: str,
+    shuffle_buffer: int,
+    known: Mapping[str, sources.AnySource] = sources.SOURCES,
+) -> Any:
     """Returns the `seqio.Task` of one source, registered once for the same settings.
 
     Args:
-        name: a key of `sources.SOURCES`.
+        name: a key of `known`.
         text_dir: where the text packages lie.
         tokenizer_path: as for `open_tokenizer`.
         shuffle_buffer: pieces that shuffled reading holds in memory.
+        known: the sources by name.
 
     Raises:
         UserError: as `load_vocabulary`.
@@ -114,13 +123,13 @@ def register_task(name: str, text_dir: str, tokenizer_path: str, shuffle_buffer:
     digest = open_tokenizer(tokenizer_path).digest
     # Absolute: a task outlives a change of the working directory.
     text_dir, tokenizer_path = os.path.abspath(text_dir), os.path.abspath(tokenizer_path)
-    settings = (text_dir, tokenizer_path, digest, shuffle_buffer)
+    settings = (text_dir, tokenizer_path, digest, shuffle_buffer, known[name])
     return _once(
         seqio.TaskRegistry,
         _name(name, settings),
         functools.partial(
             seqio.TaskRegistry.add,
-            source=cast("Any", DocumentSource(name, text_dir)),
+            source=cast("Any", DocumentSource(name, text_dir, known)),
             output_features={FEATURE: seqio.Feature(vocabulary, add_eos=True)},
             preprocessors=[tokenize, seqio.preprocessors.append_eos, split_documents],
             shuffle_buffer_size=shuffle_buffer,
@@ -129,7 +138,11 @@ def register_task(name: str, text_dir: str, tokenizer_path: str, shuffle_buffer:
 
 
 def register_mixture(
-    rates: Mapping[str, float], text_dir: str, tokenizer_path: str, shuffle_buffer: int
+    rates: Mapping[str, float],
+    text_dir: str,
+    tokenizer_path: str,
+    shuffle_buffer: int,
+    known: Mapping[str, sources.AnySource] = sources.SOURCES,
 ) -> Any:
     """Returns the `seqio.Mixture` of the sources, `rates` being their relative shares of pieces.
 
@@ -137,11 +150,11 @@ def register_mixture(
         UserError: as `load_vocabulary`.
     """
     tasks = [
-        (register_task(name, text_dir, tokenizer_path, shuffle_buffer).name, rate)
+        (register_task(name, text_dir, tokenizer_path, shuffle_buffer, known).name, rate)
         for name, rate in sorted(rates.items())
         if rate > 0
     ]
-    name = _name("bilingual", tasks)
+    name = _name("mixture", tasks)
     return _once(
         seqio.MixtureRegistry, name, functools.partial(seqio.MixtureRegistry.add, tasks=tasks)
     )
