@@ -264,6 +264,11 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
+    def platform(self) -> str:
+        """What the devices are: "tpu", "gpu" or "cpu"."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
     def batch_shards(self) -> int:
         """Into how many parts the batch is split; its size must be a multiple."""
         return self.shards(axes.BATCH)

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.topologies import get_topology_desc
 from jax.sharding import PartitionSpec
 
 from aquila_jax import Transformer, UserError
@@ -20,6 +19,8 @@ from aquila_jax.axes import (
     abstract_params,
 )
 from aquila_jax.growth import ScaleOut, ScaleUp, apply_plan
+from aquila_jax.planning.chips import parse_topology
+from aquila_jax.planning.topology import devices_of
 from aquila_jax.sharding import DEFAULT_RULES, Layout, MeshShape
 from aquila_jax.training.step import RouterLosses, loss_and_metrics
 
@@ -95,7 +96,7 @@ def test_slices_are_the_slowest_axis_and_split_the_batch_alone(even):
 
 def test_slices_of_a_real_system_are_told_by_its_devices():
     """Two slices of four chips, described by the TPU library: nothing is run on them."""
-    devices = get_topology_desc("v5p:2x2x1", platform="tpu", num_slices=2).devices
+    devices = devices_of(parse_topology("v5p:2x2x1", slices=2))
     mesh = MeshShape(slices=2, fsdp=2, model=2, data=1).build(devices)
     assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
     with pytest.raises(UserError, match=r"8 devices are of 2 slices.*slices=1.*set .* to 2"):

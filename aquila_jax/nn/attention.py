@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from aquila_jax.axes import BATCH, KV_HEADS, Q_HEADS
 from aquila_jax.config import ModelConfig
+from aquila_jax.kernels.attention import MIXED, attend, causal_mask
 from aquila_jax.nn.layers import declare, rms_norm, rotary
 from aquila_jax.sharding import Layout
 
@@ -18,22 +19,15 @@ KEY_VALUE = "key_value"
 CACHE = "cache"
 
 # Names of activations, for policies of recomputation.
-QUERY, KEY, VALUE, MIXED = "query", "key", "value", "mixed"
-
-
-def causal_mask(segment_ids_BT: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
-    """Which key (last axis) each query may see: an earlier or equal token of its document."""
-    num_tokens = segment_ids_BT.shape[1]
-    same_document = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    earlier = jnp.tril(jnp.ones((num_tokens, num_tokens), dtype=bool))
-    return (same_document & earlier)[:, None]
+QUERY, KEY, VALUE = "query", "key", "value"
 
 
 def attend_cached(
     query_BTNH: Float[Array, "B T N H"],
     cached: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]],
     new: tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]],
-    mask_B1TS: Bool[Array, "B 1 T S_and_T"],
+    sees_cached_BTS: Bool[Array, "B T S"],
+    segment_ids_BT: Int[Array, "B T"],
 ) -> Float[Array, "B T N H"]:
     """Attention to cached and new tokens at once, without joining their arrays.
 
@@ -41,11 +35,13 @@ def attend_cached(
         query_BTNH: turned queries of the new tokens.
         cached: turned keys, and values, of earlier tokens.
         new: those of the new tokens.
-        mask_B1TS: which of the S cached and then the T new tokens each query may see.
+        sees_cached_BTS: which of the cached tokens each query may see.
+        segment_ids_BT: of the new tokens, which see earlier ones of their own document.
 
     Returns:
         Mixed values, in the dtype of the queries; scores and softmax are float32 at least.
     """
+    mask_B1TS = jnp.concatenate([sees_cached_BTS[:, None], causal_mask(segment_ids_BT)], axis=-1)
     num_cached, num_kv_heads, head_dim = cached[0].shape[1:]
     query_BTKGH = query_BTNH.reshape(*query_BTNH.shape[:2], num_kv_heads, -1, head_dim)
     wide = jnp.promote_types(query_BTNH.dtype, jnp.float32)
@@ -77,7 +73,8 @@ class Attention(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
-        mask_B1TS: Bool[Array, "B 1 T S"],
+        segment_ids_BT: Int[Array, "B T"],
+        sees_cached_BTS: Bool[Array, "B T S"] | None = None,
     ) -> Float[Array, "B T D"]:
         """The residual update, in `dtype`; the softmax is computed in float32.
 
@@ -99,10 +96,13 @@ class Attention(nn.Module):
             self.put_variable(KEY_VALUE, "value", value_BTKH)
         if self.has_variable(CACHE, "key"):
             cached = (self.get_variable(CACHE, "key"), self.get_variable(CACHE, "value"))
-            mixed_BTNH = attend_cached(query_BTNH, cached, (key_BTKH, value_BTKH), mask_B1TS)
+            assert sees_cached_BTS is not None
+            mixed_BTNH = attend_cached(
+                query_BTNH, cached, (key_BTKH, value_BTKH), sees_cached_BTS, segment_ids_BT
+            )
         else:
-            mixed_BTNH = jax.nn.dot_product_attention(
-                query_BTNH, key_BTKH, value_BTKH, mask=mask_B1TS
+            mixed_BTNH = attend(
+                query_BTNH, key_BTKH, value_BTKH, segment_ids_BT, layout=self.layout
             )
         mixed_BTNH = checkpoint_name(mixed_BTNH, MIXED)
         out_NHD = declare(self, self.config, "layers/attention/out").astype(self.dtype)

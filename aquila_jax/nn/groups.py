@@ -46,14 +46,14 @@ class Group(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
-        mask_B1TS: Bool[Array, "B 1 T S"],
-        is_token_BT: Bool[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"],
+        sees_cached_BTS: Bool[Array, "B T S"] | None = None,
     ) -> tuple[Float[Array, "B T D"], None]:
         """The new residual, and None for the scan over groups."""
         dense = scanned(self.block, self.config.moe_every - 1)
         for layers, has_experts, name in ((dense, False, "dense"), (self.block, True, "mixture")):
             layer = layers(self.config, self.dtype, has_experts, self.layout, name=name)
-            x_BTD, _ = layer(x_BTD, positions_BT, mask_B1TS, is_token_BT)
+            x_BTD, _ = layer(x_BTD, positions_BT, segment_ids_BT, sees_cached_BTS)
         return x_BTD, None
 
 

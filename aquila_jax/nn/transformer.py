@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from aquila_jax import axes
 from aquila_jax.axes import BATCH, VOCAB
 from aquila_jax.config import ModelConfig
-from aquila_jax.nn.attention import CACHE, KEY, MIXED, QUERY, VALUE, Attention, causal_mask
+from aquila_jax.kernels.attention import MIXED
+from aquila_jax.nn.attention import CACHE, KEY, QUERY, VALUE, Attention
 from aquila_jax.nn.groups import scanned, scanned_groups
 from aquila_jax.nn.layers import GatedMLP, RMSNorm, declare
 from aquila_jax.nn.losses import WeightedSum, token_cross_entropy
@@ -54,18 +55,18 @@ class Block(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
-        mask_B1TS: Bool[Array, "B 1 T S"],
-        is_token_BT: Bool[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"],
+        sees_cached_BTS: Bool[Array, "B T S"] | None = None,
     ) -> tuple[Float[Array, "B T D"], None]:
         """The new residual, and None for the scan."""
         config, dtype, layout = self.config, self.dtype, self.layout
         norm = RMSNorm(config, "layers/pre_attention_norm/scale", name="pre_attention_norm")
         attention = Attention(config, dtype, layout, name="attention")
-        x_BTD += attention(norm(x_BTD), positions_BT, mask_B1TS)
+        x_BTD += attention(norm(x_BTD), positions_BT, segment_ids_BT, sees_cached_BTS)
         normalised_BTD = RMSNorm(config, "layers/pre_mlp_norm/scale", name="pre_mlp_norm")(x_BTD)
         if self.has_experts:
             moe = MixtureOfExperts(config, dtype, layout, name="moe")
-            x_BTD += moe(normalised_BTD, is_token_BT)
+            x_BTD += moe(normalised_BTD, segment_ids_BT > 0)
         else:
             x_BTD += GatedMLP(config, dtype, layout, name="mlp")(normalised_BTD)
         if layout is not None:
@@ -155,13 +156,12 @@ class Transformer(nn.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         embedding_VD = Embedder(self.config, name="token_embedder").embedding
         x_BTD = embedding_VD[tokens_BT].astype(self.dtype)
-        mask_B1TS = causal_mask(segment_ids_BT)
+        sees_cached_BTS = None
         if self.has_variable(CACHE, "segment_ids"):
             cached_BS = self.get_variable(CACHE, "segment_ids")
-            earlier_BTS = segment_ids_BT[:, :, None] == cached_BS[:, None, :]
-            mask_B1TS = jnp.concatenate([earlier_BTS[:, None], mask_B1TS], axis=-1)
+            sees_cached_BTS = segment_ids_BT[:, :, None] == cached_BS[:, None, :]
         for layers in self._layers():
-            x_BTD, _ = layers(x_BTD, positions_BT, mask_B1TS, segment_ids_BT > 0)
+            x_BTD, _ = layers(x_BTD, positions_BT, segment_ids_BT, sees_cached_BTS)
         x_BTD = RMSNorm(self.config, "final_norm/scale", name="final_norm")(x_BTD)
         kernel = embedding_VD
         if not self.config.tie_embeddings:

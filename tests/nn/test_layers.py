@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from aquila_jax import RopeScaling
-from aquila_jax.nn.attention import causal_mask
+from aquila_jax.kernels.attention import causal_mask
 from aquila_jax.nn.layers import rms_norm, rotary, rotary_frequencies
 
 from .reference import frequency, rotate
