@@ -1,6 +1,8 @@
 """`aquila compare`: what each stage gained or lost against the one before it."""
 
 import argparse
+import itertools
+from pathlib import Path
 from typing import Any
 
 from aquila_jax.cli.command import add_command, add_model_flags, load_model, refuse_bindings
@@ -19,27 +21,40 @@ def add_to(commands: Any) -> None:
     )
     command.add_argument("models", nargs="+", metavar="MODEL", help="two or more, oldest first")
     add_model_flags(command, positional=False)
+    command.add_argument(
+        "--out", metavar="FILE", help="also write it as JSON, for `aquila report --comparison`"
+    )
     add_measure_flags(command)
 
 
 def _compare(arguments: argparse.Namespace, bindings: list[str]) -> int:
     refuse_bindings("compare", bindings)
     from aquila_jax.evaluation.gate import compare
+    from aquila_jax.files import write_json
+    from aquila_jax.reports.verdicts import Comparison, TaskVerdict, to_json
 
     if len(arguments.models) < 2:
         raise UserError("a comparison needs two models or more")
+    if arguments.out and not Path(arguments.out).absolute().parent.is_dir():
+        raise UserError(f"there is no directory for --out {arguments.out}")
     results = []
     for model in arguments.models:
         # One model after the other, so that only one is in memory.
         results.append(measure(load_model(model, tokenizer=arguments.tokenizer), arguments))
-    for number, differences in enumerate(compare(results)):
-        before, after = arguments.models[number : number + 2]
-        print(f"# {before} -> {after}")
-        print("task\tbefore\tafter\tdifference\t95% interval\tverdict")
-        for found in differences:
-            print(
-                f"{found.task}\t{found.first:.4f}\t{found.second:.4f}\t"
-                f"{found.second - found.first:+.4f}\t[{found.low:+.4f}, {found.high:+.4f}]\t"
-                f"{found.verdict}"
-            )
+    found = [
+        Comparison(
+            before,
+            after,
+            tuple(
+                TaskVerdict(one.task, one.first, one.second, one.low, one.high, one.verdict)
+                for one in differences
+            ),
+        )
+        for (before, after), differences in zip(
+            itertools.pairwise(arguments.models), compare(results), strict=True
+        )
+    ]
+    print("\n".join(comparison.text for comparison in found))
+    if arguments.out:
+        write_json(Path(arguments.out), to_json(found))
     return 0

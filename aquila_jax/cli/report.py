@@ -13,13 +13,20 @@ def add_to(commands: Any) -> None:
     command = add_command(commands, "report", _report, summary)
     command.add_argument("model_dirs", nargs="+", metavar="MODEL_DIR", help="runs, oldest first")
     command.add_argument("--out", required=True, help="directory of report.png and report.html")
+    command.add_argument(
+        "--comparison", metavar="FILE", help="of `aquila compare --out`; shown on the page"
+    )
 
 
 def _report(arguments: argparse.Namespace, bindings: list[str]) -> int:
     from aquila_jax.reports import write_report
 
     refuse_bindings("report", bindings)
-    paths = write_report([Path(path) for path in arguments.model_dirs], Path(arguments.out))
+    paths = write_report(
+        [Path(path) for path in arguments.model_dirs],
+        Path(arguments.out),
+        comparison=arguments.comparison,
+    )
     print(paths.table)
     print(f"\nfigure: {paths.png}\nreport: {paths.html}")
     return 0

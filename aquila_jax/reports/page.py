@@ -4,10 +4,11 @@ import importlib.resources
 from collections.abc import Sequence
 from pathlib import Path
 
-from aquila_jax.reports import growths, sections, story
+from aquila_jax.reports import growths, sections, story, verdicts
 from aquila_jax.reports.lineup import lineup
 from aquila_jax.reports.records import Run
 from aquila_jax.reports.svg import esc
+from aquila_jax.reports.verdicts import Comparison
 
 FLOPS_NOTE = (
     "FLOPs are model FLOPs: 6 per active matrix parameter and token, plus causal attention; "
@@ -15,12 +16,19 @@ FLOPS_NOTE = (
 )
 
 
-def write_page(runs: Sequence[Run], path: str | Path, *, flops_note: str = FLOPS_NOTE) -> Path:
+def write_page(
+    runs: Sequence[Run],
+    path: str | Path,
+    *,
+    comparisons: Sequence[Comparison] = (),
+    flops_note: str = FLOPS_NOTE,
+) -> Path:
     """Writes the report as one self-contained HTML file.
 
     Args:
         runs: The runs of one report, in any order.
         path: The file to write.
+        comparisons: Of successive models on tasks, where they were compared.
         flops_note: How the FLOPs were counted, in a sentence.
 
     Returns:
@@ -29,11 +37,15 @@ def write_page(runs: Sequence[Run], path: str | Path, *, flops_note: str = FLOPS
     Raises:
         UserError: No run was given, or one was given twice.
     """
-    Path(path).write_text(render(runs, flops_note), encoding="utf-8")
+    Path(path).write_text(render(runs, comparisons, flops_note), encoding="utf-8")
     return Path(path)
 
 
-def render(runs: Sequence[Run], flops_note: str = FLOPS_NOTE) -> str:
+def render(
+    runs: Sequence[Run],
+    comparisons: Sequence[Comparison] = (),
+    flops_note: str = FLOPS_NOTE,
+) -> str:
     """The page as text; see `write_page`."""
     entries = lineup(runs)
     title = story.title(entries)
@@ -46,6 +58,7 @@ def render(runs: Sequence[Run], flops_note: str = FLOPS_NOTE) -> str:
         f'{sections.main_chart(entries)}<p class="note">{esc(sections.READING)}</p></section>'
         + _section("What happened", f'<ul class="story">{told}</ul>' if told else "")
         + _section("Stages", sections.stages(entries) + f'<p class="note">{esc(flops_note)}</p>')
+        + _section("Tasks: gained and lost", verdicts.tables(comparisons))
         + _section("Languages", sections.language_charts(entries))
         + _section("Training", sections.training_charts(entries))
         + _section("What each growth did", growths.growths(entries))

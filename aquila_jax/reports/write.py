@@ -11,6 +11,7 @@ from aquila_jax.reports.lineup import lineup
 from aquila_jax.reports.page import write_page
 from aquila_jax.reports.records import read_run
 from aquila_jax.reports.table import stage_table
+from aquila_jax.reports.verdicts import read_comparisons
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,16 @@ class ReportPaths:
     table: str
 
 
-def write_report(model_dirs: Sequence[str | Path], out_dir: str | Path) -> ReportPaths:
+def write_report(
+    model_dirs: Sequence[str | Path], out_dir: str | Path, *, comparison: str | Path | None = None
+) -> ReportPaths:
     """Reads runs and writes `report.png` and `report.html` into `out_dir`.
 
     Args:
         model_dirs: MODEL_DIRs: the stages of a lineage and its controls, in any order.
         out_dir: The directory to write into; made if need be. A reader of a former report there
             sees the old file or the new one, never half of either.
+        comparison: A file of `aquila compare --out`, whose verdicts the page then shows.
 
     Returns:
         The paths and the table.
@@ -39,12 +43,13 @@ def write_report(model_dirs: Sequence[str | Path], out_dir: str | Path) -> Repor
     """
     runs = [read_run(directory) for directory in model_dirs]
     lineup(runs)
+    comparisons = [] if comparison is None else read_comparisons(comparison)
     out = Path(out_dir)
     png, page = out / "report.png", out / "report.html"
     try:
         out.mkdir(parents=True, exist_ok=True)
         _replace(png, lambda path: loss_figure(runs, path))
-        _replace(page, lambda path: write_page(runs, path))
+        _replace(page, lambda path: write_page(runs, path, comparisons=comparisons))
     except OSError as error:
         raise UserError(f"cannot write a report into {out} ({error}): give another one") from error
     return ReportPaths(png, page, stage_table(runs))

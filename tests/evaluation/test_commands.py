@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 
 from aquila_jax import cli, save_hf
+from aquila_jax.reports.verdicts import read_comparisons
 
 LETTERS = [chr(i) for i in range(ord("A"), ord("A") + 26)] + [" ", "\n", ".", "?"]
 
@@ -80,6 +81,14 @@ def test_compare_gives_a_verdict_for_each_task(capsys):
     first, back = (row for row in rows if row[0] == "text, bits per byte")
     assert {first[5], back[5]} == {"better", "worse"}
     assert float(first[3]) == pytest.approx(-float(back[3]))
+
+
+def test_a_comparison_goes_into_the_report(capsys, models):
+    asked = ("--text", "text.txt", "--limit", "2", "--out", "compared.json")
+    rows = output(capsys, "compare", "one", "two", *asked)
+    (found,) = read_comparisons("compared.json")
+    assert (found.before, found.after) == ("one", "two")
+    assert [[*task.cells] for task in found.tasks] == rows[2:]
 
 
 def test_generate_and_chat(capsys, monkeypatch):
