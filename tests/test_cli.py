@@ -62,7 +62,8 @@ def _error(capsys, *arguments):
 def test_every_gin_file_opens_with_its_command_and_what_to_expect(path):
     header = re.match(r"(#.*\n)+", path.read_text())
     assert header is not None
-    assert "aquila train --gin_file=gin_configs/" in header.group()
+    command = "python -m t5x.train" if path.parent.name == "t5x" else "aquila train"
+    assert f"{command} --gin_file=gin_configs/" in header.group()
     assert "xpect" in header.group()
 
 
