@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -91,18 +92,19 @@ def open_layout(mesh: str | None) -> Any:
     """
     if not mesh:
         return None
-    from aquila_jax.sharding import MESH_AXES, Layout, MeshShape
+    from aquila_jax.sharding import Layout, MeshShape
 
     # An axis that is not named has one device.
-    numbers: dict[str, int] = dict.fromkeys(MESH_AXES, 1)
+    axes = [field.name for field in dataclasses.fields(MeshShape)]
+    numbers: dict[str, int] = dict.fromkeys(axes, 1)
     try:
         for part in mesh.split(","):
             axis, _, size = part.partition("=")
             numbers[axis] = int(size)
     except ValueError as error:
         raise UserError(f"--mesh {mesh} is not of the form data=2,model=4") from error
-    if unknown := sorted(set(numbers) - set(MESH_AXES)):
-        raise UserError(f"--mesh names {', '.join(unknown)}; mesh axes are {', '.join(MESH_AXES)}")
+    if unknown := sorted(set(numbers) - set(axes)):
+        raise UserError(f"--mesh names {', '.join(unknown)}; there are {', '.join(axes)}")
     return Layout(MeshShape(**numbers).build())
 
 

@@ -187,21 +187,10 @@ def run_command_line(arguments: Sequence[str], open_parts: Opener) -> None:
     Raises:
         UserError: the harness is not installed, or a model argument is unknown.
     """
-    adapter = _adapter()
+    model = _by_arguments(open_parts)
     # The harness registers its own models only where there are none yet.
     importlib.import_module("lm_eval.models")
-    known = [*inspect.signature(open_parts).parameters]
-
-    class Aquila(adapter):
-        def __init__(self, **given: Any) -> None:
-            given = {name: value for name, value in given.items() if name not in _OTHERS}
-            if unknown := sorted(set(given) - set(known)):
-                raise UserError(
-                    f"no model argument {', '.join(unknown)}; there are {', '.join(known)}"
-                )
-            super().__init__(*open_parts(**given))
-
-    importlib.import_module("lm_eval.api.registry").register_model(NAME)(Aquila)
+    importlib.import_module("lm_eval.api.registry").register_model(NAME)(model)
     before, sys.argv = sys.argv, ["lm_eval", *arguments]
     try:
         importlib.import_module("lm_eval.__main__").cli_evaluate()
@@ -220,3 +209,20 @@ def _adapter() -> type[Any]:
     except ImportError as error:
         raise UserError("this needs lm-evaluation-harness: pip install lm-eval==0.4.13") from error
     return type("AquilaLM", (Answers, model.LM), {})
+
+
+@functools.cache
+def _by_arguments(open_parts: Opener) -> type[Any]:
+    """The model that `--model_args` describe; one class, as a name is registered for one alone."""
+    known = [*inspect.signature(open_parts).parameters]
+
+    class Aquila(_adapter()):
+        def __init__(self, **given: Any) -> None:
+            given = {name: value for name, value in given.items() if name not in _OTHERS}
+            if unknown := sorted(set(given) - set(known)):
+                raise UserError(
+                    f"no model argument {', '.join(unknown)}; there are {', '.join(known)}"
+                )
+            super().__init__(*open_parts(**given))
+
+    return Aquila
