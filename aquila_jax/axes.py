@@ -175,6 +175,7 @@ _SHARED_EXPERT = {
     "layers/moe/shared_up": Parameter((LAYERS, EMBED, SHARED_MLP), (EMBED,), (SHARED_MLP,)),
     "layers/moe/shared_down": Parameter((LAYERS, SHARED_MLP, EMBED), (SHARED_MLP,), (EMBED,)),
 }
+_ROUTER_BIAS = {"layers/moe/router_bias": Parameter((LAYERS, EXPERTS), writes=(EXPERTS,))}
 _SHARED_ROUTER = {"layers/moe/shared_router": Parameter((LAYERS, EMBED), (EMBED,))}
 _HEAD = {"lm_head/kernel": Parameter((EMBED, VOCAB), (EMBED,), (VOCAB,))}
 
@@ -196,6 +197,7 @@ def _feed_forward(config: ModelConfig) -> dict[str, Parameter]:
         return _DENSE_MLP
     mixture = {
         **_EXPERTS,
+        **(_ROUTER_BIAS if config.router_bias else {}),
         **(_SHARED_EXPERT if config.shared_mlp_dim else {}),
         **(_SHARED_ROUTER if config.shared_expert_gate else {}),
     }

@@ -26,7 +26,12 @@ _COUNTS = (
 # Counts that may be 0.
 _EXPERT_COUNTS = ("num_experts", "experts_per_token", "expert_mlp_dim", "shared_mlp_dim")
 # What a dense model has no use for, and must leave as it is.
-_MIXTURE_SHAPE = {"expert_mlp_dim": 0, "shared_mlp_dim": 0, "moe_every": 1}
+_MIXTURE_SHAPE = {
+    "expert_mlp_dim": 0, "shared_mlp_dim": 0, "moe_every": 1, "router_scores": "softmax",
+    "router_scale": 1.0, "router_bias": False,
+}  # fmt: skip
+
+ROUTER_SCORES = ("softmax", "sigmoid")
 
 ROPE_SCALINGS = ("linear", "llama3")
 
@@ -126,6 +131,12 @@ class ModelConfig:
             of the token's own, rather than with weight 1.
         moe_every: n, so that layers n - 1, 2 n - 1, ... have experts and the others a dense MLP;
             divides L.
+        router_scores: what gates are made of: the "softmax" of the router's logits over all
+            experts, or each one's "sigmoid".
+        router_scale: what gates are multiplied by in the end.
+        router_bias: whether experts are chosen by score plus a bias of their own, which does not
+            weigh their outputs and has no gradient: training moves it against the load (arXiv
+            2408.15664).
     """
 
     vocab_size: int
@@ -149,6 +160,9 @@ class ModelConfig:
     shared_mlp_dim: int = 0
     shared_expert_gate: bool = False
     moe_every: int = 1
+    router_scores: str = "softmax"
+    router_scale: float = 1.0
+    router_bias: bool = False
 
     def __post_init__(self) -> None:
         for name in (*_COUNTS, *_EXPERT_COUNTS):
@@ -184,6 +198,13 @@ class ModelConfig:
                     f"{name} ({getattr(self, name)}) shapes a mixture of experts, and num_experts "
                     f"is 0: set num_experts and experts_per_token, or leave {name} at {unused}"
                 )
+        if self.router_scores not in ROUTER_SCORES:
+            raise UserError(
+                f"router_scores must be one of {', '.join(ROUTER_SCORES)}, "
+                f"not {self.router_scores!r}"
+            )
+        if not 0 < self.router_scale < float("inf"):
+            raise UserError(f"router_scale must be positive, not {self.router_scale}")
         if self.shared_expert_gate and not self.shared_mlp_dim:
             raise UserError(
                 "shared_expert_gate weighs a shared expert, and shared_mlp_dim is 0: set "

@@ -15,13 +15,13 @@ from aquila_jax.config import ModelConfig
 from aquila_jax.errors import UserError
 
 # slice: whole copies of the model, one a slice, which tell each other over the slow network; data:
-# whole copies; fsdp: parameters in shards, gathered for use; expert: experts in shards; model:
-# heads, MLP units and vocabulary in shards.
+# whole copies; fsdp: parameters in shards, gathered for use; expert: experts in shards, and copies
+# of all else; model: heads, MLP units and vocabulary in shards.
 MESH_AXES = ("slice", "data", "fsdp", "expert", "model")
 
 # One logical axis may be split over several mesh axes. An axis that is absent is not split.
 DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
-    axes.BATCH: ("slice", "data", "fsdp"),
+    axes.BATCH: ("slice", "data", "fsdp", "expert"),
     axes.EMBED: ("fsdp",),
     axes.Q_HEADS: ("model",),
     axes.KV_HEADS: ("model",),

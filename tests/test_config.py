@@ -150,7 +150,7 @@ def test_every_field_survives_a_dict(tiny):
         name: not value if isinstance(value, bool) else value and value * 2
         for name, value in mixture.to_dict().items()
     }
-    changed["rope_scaling"] = dataclasses.asdict(LLAMA3)
+    changed |= {"rope_scaling": dataclasses.asdict(LLAMA3), "router_scores": "sigmoid"}
     assert all(changed[name] != value for name, value in mixture.to_dict().items())
     assert ModelConfig.from_dict(changed).to_dict() == changed
 

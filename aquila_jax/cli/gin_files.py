@@ -184,7 +184,7 @@ def _register_growth() -> None:
 
 def _register_runs() -> None:
     """Tell gin of everything a run's files may bind."""
-    from aquila_jax import config, data, sharding, training
+    from aquila_jax import config, data, nn, sharding, training
 
     _register_growth()
     for configurable in (
@@ -199,6 +199,7 @@ def _register_runs() -> None:
         training.Cosine,
         training.Guard,
         training.RouterLosses,
+        nn.Dispatch,
         training.TrainRun,
         training.WarmupStableDecay,
         training.model_of,

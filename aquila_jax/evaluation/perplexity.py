@@ -12,7 +12,11 @@ Batch = Mapping[str, Any]
 
 
 def make_eval_step(model: Transformer) -> Callable[[Any, Batch], WeightedSum]:
-    """The summed loss of one batch, as a jitted function of parameters and batch."""
+    """The summed loss of one batch, as a jitted function of parameters and batch.
+
+    A mixture drops nothing in it, whatever it does in training.
+    """
+    model = model.clone(dispatch=model.dispatch.without_drops())
 
     def eval_step(params: Any, batch: Batch) -> WeightedSum:
         return forward_losses(model, params, batch)[0]

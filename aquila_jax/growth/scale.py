@@ -393,4 +393,7 @@ _MADE_BY_SCALE_OUT = (
     "shared_mlp_dim",
     "moe_every",
     "renormalize_gates",
+    "router_scores",
+    "router_scale",
+    "router_bias",
 )

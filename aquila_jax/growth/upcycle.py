@@ -66,7 +66,9 @@ def upcycle_plan(source: ModelConfig, target: ModelConfig, how: Upcycling) -> Pl
         mine = np.array(axes.layers_of(target, axis)) if axis in LAYER_AXES else None
         from_mlp = path.replace("/moe/shared_", "/mlp/").replace("/moe/", "/mlp/")
         if EXPERTS in parameter.writes:
-            plan[path] = Fresh(how.router_std, repeat=how.granularity)
+            # Experts that are equal have no load to be balanced yet.
+            std = how.router_std if parameter.reads else 0.0
+            plan[path] = Fresh(std, repeat=how.granularity)
         elif EXPERTS in parameter.axes:
             dim = _hidden_dim(parameter) - 1
             scale = _scale(factor, how.spread_scale, writes_residual=EMBED in parameter.writes)
@@ -88,7 +90,11 @@ def upcycle_plan(source: ModelConfig, target: ModelConfig, how: Upcycling) -> Pl
 def is_upcycling_exact(target: ModelConfig, how: Upcycling) -> bool:
     """Whether the mixture computes what the dense model did."""
     # All gates of a softmax sum to 1 without being divided.
-    gates_sum_to_one = target.renormalize_gates or target.experts_per_token == target.num_experts
+    has_all_gates = target.experts_per_token == target.num_experts
+    gates_sum_to_one = target.renormalize_gates or (
+        has_all_gates and target.router_scores == "softmax"
+    )
+    gates_sum_to_one &= target.router_scale == 1
     scales_exactly = not how.spread_scale or (how.granularity == 1 and not how.compensate)
     return gates_sum_to_one and scales_exactly and how.noise == how.redraw == 0
 

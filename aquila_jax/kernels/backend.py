@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import ManualAxisType
@@ -17,7 +18,8 @@ Backend = Literal["auto", "reference", "pallas", "interpret"]
 
 `reference` is the readable one in plain JAX, `pallas` the kernel compiled for a TPU, `interpret`
 the kernel carried out step by step on a CPU, to test it. `auto` is `pallas` where the program is
-compiled for a TPU, whatever the machine that compiles it, and `reference` elsewhere.
+compiled for a TPU, whatever the machine that compiles it, and `reference` elsewhere and for
+float64.
 """
 
 
@@ -33,7 +35,9 @@ def dispatch(
 ) -> Any:
     """`reference(*operands)`, or `kernel(*operands, interpret=...)`: of equal shapes and dtypes."""
     _log_once(backend)
-    if backend == "reference":
+    # Kernels compute in float32.
+    is_double = any(getattr(x, "dtype", None) == jnp.float64 for x in operands)
+    if backend == "reference" or (backend == "auto" and is_double):
         return reference(*operands)
     if backend != "auto":
         return kernel(*operands, interpret=backend == "interpret")

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from aquila_jax.config import ModelConfig
 from aquila_jax.nn.attention import CACHE, KEY_VALUE
-from aquila_jax.nn.moe import ROUTER
+from aquila_jax.nn.moe import DEFAULT_DISPATCH, JITTER, ROUTER, Dispatch
 from aquila_jax.sharding import Layout
 
 
@@ -20,7 +20,7 @@ def scanned(layer: type[nn.Module], length: int) -> type[nn.Module]:
     return nn.scan(
         layer,
         variable_axes={"params": 0, ROUTER: 0, KEY_VALUE: 0, CACHE: 0},
-        split_rngs={"params": True},
+        split_rngs={"params": True, JITTER: True},
         in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] - flax declares int
         length=length,
     )
@@ -34,12 +34,14 @@ class Group(nn.Module):
         config: the architecture.
         dtype: of activations.
         layout: where to place activations on a mesh.
+        dispatch: how a mixture's tokens reach their experts.
     """
 
     block: type[nn.Module]
     config: ModelConfig
     dtype: DTypeLike
     layout: Layout | None = None
+    dispatch: Dispatch = DEFAULT_DISPATCH
 
     @nn.compact
     def __call__(
@@ -50,9 +52,10 @@ class Group(nn.Module):
         sees_cached_BTS: Bool[Array, "B T S"] | None = None,
     ) -> tuple[Float[Array, "B T D"], None]:
         """The new residual, and None for the scan over groups."""
+        placed = (self.layout, self.dispatch)
         dense = scanned(self.block, self.config.moe_every - 1)
         for layers, has_experts, name in ((dense, False, "dense"), (self.block, True, "mixture")):
-            layer = layers(self.config, self.dtype, has_experts, self.layout, name=name)
+            layer = layers(self.config, self.dtype, has_experts, *placed, name=name)
             x_BTD, _ = layer(x_BTD, positions_BT, segment_ids_BT, sees_cached_BTS)
         return x_BTD, None
 

@@ -18,7 +18,7 @@ from aquila_jax.nn.attention import CACHE, KEY, QUERY, VALUE, Attention
 from aquila_jax.nn.groups import scanned, scanned_groups
 from aquila_jax.nn.layers import GatedMLP, RMSNorm, declare
 from aquila_jax.nn.losses import WeightedSum, token_cross_entropy
-from aquila_jax.nn.moe import ROUTER, MixtureOfExperts
+from aquila_jax.nn.moe import DEFAULT_DISPATCH, ROUTER, Dispatch, MixtureOfExperts
 from aquila_jax.nn.vocabulary_chunks import Head, token_losses
 from aquila_jax.sharding import Layout
 
@@ -49,6 +49,7 @@ class Block(nn.Module):
     dtype: DTypeLike
     has_experts: bool
     layout: Layout | None = None
+    dispatch: Dispatch = DEFAULT_DISPATCH
 
     @nn.compact
     def __call__(
@@ -65,7 +66,7 @@ class Block(nn.Module):
         x_BTD += attention(norm(x_BTD), positions_BT, segment_ids_BT, sees_cached_BTS)
         normalised_BTD = RMSNorm(config, "layers/pre_mlp_norm/scale", name="pre_mlp_norm")(x_BTD)
         if self.has_experts:
-            moe = MixtureOfExperts(config, dtype, layout, name="moe")
+            moe = MixtureOfExperts(config, dtype, layout, self.dispatch, name="moe")
             x_BTD += moe(normalised_BTD, segment_ids_BT > 0)
         else:
             x_BTD += GatedMLP(config, dtype, layout, name="mlp")(normalised_BTD)
@@ -110,6 +111,7 @@ class Transformer(nn.Module):
         unrolled: apply layer after layer instead of a scan, with parameters from
             `aquila_jax.nn.cache.unroll`. Longer to compile; a step of generation, which reads
             every weight once, need not copy each layer's weights out of a stack.
+        dispatch: how a mixture's tokens reach their experts.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -126,6 +128,7 @@ class Transformer(nn.Module):
     remat: str = "none"
     layout: Layout | None = None
     unrolled: bool = False
+    dispatch: Dispatch = DEFAULT_DISPATCH
 
     @nn.compact
     def __call__(
@@ -194,21 +197,25 @@ class Transformer(nn.Module):
         if self.remat != "none":
             # A scan's body is not merged with its neighbours, so nothing needs guarding.
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        config, dtype, layout = self.config, self.dtype, self.layout
+        config, dtype = self.config, self.dtype
+        placed = (self.layout, self.dispatch)
         if self.unrolled:
             for layer in range(config.num_layers):
                 has_experts = config.has_experts(layer)
-                yield block(config, dtype, has_experts, layout, name=f"layer_{layer}")
+                yield block(config, dtype, has_experts, *placed, name=f"layer_{layer}")
         elif config.moe_every == 1:
             layers = scanned(block, config.num_layers)
-            yield layers(config, dtype, config.is_moe, layout, name="layers")
+            yield layers(config, dtype, config.is_moe, *placed, name="layers")
         else:
             groups = scanned_groups(config, is_initializing=self.is_initializing())
-            yield groups(block, config, dtype, layout, name="layers")
+            yield groups(block, config, dtype, *placed, name="layers")
 
 
 def forward(
-    model: Transformer, params: Any, batch: Mapping[str, jax.Array]
+    model: Transformer,
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    rngs: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Logits of a packed batch, and what its routers report.
 
@@ -216,17 +223,20 @@ def forward(
         model: the decoder.
         params: its parameters.
         batch: `tokens`, `segment_ids` and `positions`, int32 `[B, T]`.
+        rngs: random keys by stream, as `JITTER` of `aquila_jax.nn.moe`; needed by none.
 
     Returns:
-        Logits `[B, T, V]`, and of a mixture the means over tokens that `Routing` holds, stacked
-        by layer that has experts: `load_balance_loss` and `router_z_loss` `[L]`, `load_E`
-        `[L, E]`.
+        Logits `[B, T, V]`, and of a mixture what `aquila_jax.nn.moe.router.Report` holds, stacked
+        by layer that has experts: `load_E` `[L, E]` and the others `[L]`.
     """
-    return _apply(model, params, batch)
+    return _apply(model, params, batch, rngs=dict(rngs or {}))
 
 
 def forward_losses(
-    model: Transformer, params: Any, batch: Mapping[str, jax.Array]
+    model: Transformer,
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    rngs: Mapping[str, jax.Array] | None = None,
 ) -> tuple[WeightedSum, dict[str, jax.Array]]:
     """`forward` as far as the loss, with no need for whole logits.
 
@@ -234,11 +244,14 @@ def forward_losses(
         model: the decoder.
         params: its parameters.
         batch: as in `forward`, with `targets` int32 and `loss_weights` float32 `[B, T]`.
+        rngs: as in `forward`.
 
     Returns:
         The loss, and what routers report.
     """
-    losses_BT, routing = _apply(model, params, batch, targets_BT=batch["targets"])
+    losses_BT, routing = _apply(
+        model, params, batch, targets_BT=batch["targets"], rngs=dict(rngs or {})
+    )
     weights_BT = batch["loss_weights"]
     return WeightedSum(jnp.sum(losses_BT * weights_BT), weights_BT.sum()), routing
 

@@ -105,17 +105,22 @@ def language_charts(entries: Sequence[Entry]) -> str:
 
 
 def training_charts(entries: Sequence[Entry]) -> str:
-    """How the training itself went: rates, norms, the router's losses."""
+    """How the training itself went: rates, norms, the health of routers and experts."""
     wanted = (
-        ("learning_rate", "Learning rate", words.small),
-        ("tokens_per_second", "Tokens per second", words.count),
-        ("grad_norm", "Gradient norm", words.small),
-        ("load_balance_loss", "Load-balance loss", words.small),
-        ("router_z_loss", "Router z loss", words.small),
+        ("train", "learning_rate", "Learning rate", words.small),
+        ("train", "tokens_per_second", "Tokens per second", words.count),
+        ("train", "grad_norm", "Gradient norm", words.small),
+        ("train", "load_balance_loss", "Load-balance loss", words.small),
+        ("train", "router_z_loss", "Router z loss", words.small),
+        ("train", "busiest_expert_load", "Busiest expert (times average)", words.small),
+        ("train", "router_entropy", "Router entropy (nats)", words.small),
+        ("train", "gate_confidence", "Weight of first choices", words.small),
+        ("train", "dropped_fraction", "Choices dropped", words.small),
+        ("validation", "expert_similarity", "Similarity of experts", words.small),
     )
     drawn = []
-    for column, title, value in wanted:
-        found = (line_of(entry, "train", TOKENS, column, "plain") for entry in entries)
+    for split, column, title, value in wanted:
+        found = (line_of(entry, split, TOKENS, column, "plain") for entry in entries)
         lines = [line for line in found if line is not None]
         canvas = Canvas(*_SMALL, title, value, title.lower())
         drawn.append(_small(title, chart(lines, TOKENS, canvas)))

@@ -18,6 +18,7 @@ from aquila_jax import accounting, axes
 from aquila_jax.errors import UserError
 from aquila_jax.evaluation.perplexity import make_eval_step, validation_losses
 from aquila_jax.files import write_json, write_text
+from aquila_jax.nn.moe.health import expert_similarity
 from aquila_jax.training import settings
 from aquila_jax.training.checkpoints import Checkpoints
 from aquila_jax.training.guard import REASONS, all_finite
@@ -27,6 +28,9 @@ from aquila_jax.training.metrics import SKIPPED_FILE, MetricsWriter, Progress, S
 from aquila_jax.training.run import Compiled, TrainRun, build, place_batch, with_saved_step
 from aquila_jax.training.signals import stop_on_signal
 from aquila_jax.training.start import Start, begin, read_ledger
+
+# Numbers that a metric by layer may have in a row.
+_MOST_BY_LAYER = 1024
 
 # Whose versions a result depends on.
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -152,6 +156,7 @@ class _Session:
         for line in start.reason.splitlines():
             self.progress.say(line)
         self.eval_step = make_eval_step(compiled.model)
+        self.similarity = jax.jit(expert_similarity)
         self.schedule = run.optimizer.schedule.build(steps)
         self.validation: Mapping[str, list[Any]] = {}
         # When tokens per second were last counted from, and the stage's tokens by then.
@@ -213,15 +218,15 @@ class _Session:
         self.progress.update(step, values["loss"], values["tokens_per_second"])
         self._tell_failed_save()
 
-    def _read_metrics(self) -> dict[str, float]:
+    def _read_metrics(self) -> dict[str, Any]:
         """The newest step's metrics, once every step since the last call has been looked at.
 
         Raises:
             UserError: too many updates in a row were skipped.
         """
-        values: dict[str, float] = {}
+        values: dict[str, Any] = {}
         for step, metrics in jax.device_get(self.unread):
-            values = {name: float(value) for name, value in metrics.items()}
+            values = {name: _plain(value) for name, value in metrics.items()}
             reason = REASONS.get(int(values.pop("verdict")), "")
             in_a_row = int(values.pop("skipped_in_a_row"))
             if not reason:
@@ -278,7 +283,13 @@ class _Session:
         self.ledger = self.ledger.update(**{which: losses})
         self.validated = (self.ledger.current.steps, losses["mean"])
         self._read_clock()
-        row = {f"loss_{name}": loss for name, loss in losses.items() if name != "mean"}
+        row: dict[str, Any] = {
+            f"loss_{name}": loss for name, loss in losses.items() if name != "mean"
+        }
+        if self.run.model.is_moe:
+            similarity_L = _plain(jax.device_get(self.similarity(self.state.params)))
+            row["expert_similarity"] = sum(similarity_L) / len(similarity_L)
+            row["expert_similarity_by_layer"] = similarity_L
         self.metrics.write("validation", self.ledger, {"loss": losses["mean"], **row})
         by_language = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         self.progress.say(f"step {self.ledger.current.steps}: validation loss {by_language}")
@@ -318,6 +329,13 @@ class _Session:
         self.progress.close()
         self.metrics.close()
         self.skips.close()
+
+
+def _plain(value: np.ndarray) -> Any:
+    """A number, or numbers by layer; of so many that rows would swell nothing is told."""
+    if value.ndim == 0:
+        return float(value)
+    return [] if value.size > _MOST_BY_LAYER else np.round(value.astype(float), 6).tolist()
 
 
 def _is_finished(run: TrainRun, ledger: Ledger, steps: int) -> bool:

@@ -80,11 +80,14 @@ class MetricsWriter:
         self._rows = Rows(model_dir / METRICS_FILE, step)
         self._tensorboard = SummaryWriter(str(model_dir / "tensorboard"), purge_step=step + 1)
 
-    def write(self, split: str, ledger: Ledger, values: Mapping[str, float]) -> None:
-        """One row; its tokens, FLOPs and seconds count the whole lineage."""
+    def write(self, split: str, ledger: Ledger, values: Mapping[str, Any]) -> None:
+        """One row; its tokens, FLOPs and seconds count the whole lineage.
+
+        Values are numbers, or lists by layer of numbers or of lists.
+        """
         step = ledger.current.steps
         self._rows.write({"split": split, "step": step, **ledger.totals, **values})
-        for name, value in values.items():
+        for name, value in _curves(values):
             if not math.isfinite(value):
                 continue  # its curve has a gap; the row says which
             self._tensorboard.add_scalar(f"{split}/{name}", value, step)
@@ -97,6 +100,15 @@ class MetricsWriter:
         """Flush and close both."""
         self._rows.close()
         self._tensorboard.close()
+
+
+def _curves(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Numbers by name, those of a list by name and place; of lists of lists none."""
+    for name, value in values.items():
+        if not isinstance(value, list):
+            yield name, value
+        elif not any(isinstance(part, list) for part in value):
+            yield from ((f"{name}/{place}", part) for place, part in enumerate(value))
 
 
 def _rows_up_to(path: Path, step: int) -> Iterator[str]:

@@ -15,7 +15,8 @@ from aquila_jax.config import ModelConfig
 from aquila_jax.errors import UserError
 from aquila_jax.growth import ScaleOut, ScaleUp
 from aquila_jax.growth.optimizer_state import check_policy
-from aquila_jax.nn import Transformer
+from aquila_jax.nn import Dispatch, Transformer
+from aquila_jax.nn.moe import DEFAULT_DISPATCH
 from aquila_jax.nn.transformer import REMAT_POLICIES
 from aquila_jax.sharding import Layout, MeshShape
 from aquila_jax.training.assignment import Assignment, assign, check_map
@@ -112,6 +113,8 @@ class TrainRun:
         remat: what is stored for the backward pass; see `Transformer.remat`.
         micro_batches: parts of a batch whose gradients are summed one after the other, each with
             activations of its own; 1 takes the batch at once.
+        dispatch: how a mixture's tokens reach their experts in training; nothing is dropped where
+            losses are validated.
         router_losses: weights of a mixture's auxiliary losses.
         seed: of the initial parameters and the routers.
         eval_every: steps between validations; the first and last step are always validated.
@@ -148,6 +151,7 @@ class TrainRun:
     dtype: str = "bfloat16"
     remat: str = "none"
     micro_batches: int = 1
+    dispatch: Dispatch = DEFAULT_DISPATCH
     router_losses: RouterLosses = dataclasses.field(default_factory=RouterLosses)
     seed: int = 0
     eval_every: int = 1000
@@ -395,7 +399,13 @@ def model_on_mesh(
         )
     # Constraints on one device say nothing, and hide what the compiler could fuse.
     shown = layout if layout.mesh.size > 1 else None
-    model = Transformer(run.model, dtype=jnp.dtype(run.dtype), remat=run.remat, layout=shown)
+    model = Transformer(
+        run.model,
+        dtype=jnp.dtype(run.dtype),
+        remat=run.remat,
+        layout=shown,
+        dispatch=run.dispatch,
+    )
     return model, layout
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ import optax
 
 from aquila_jax.config import ModelConfig
 from aquila_jax.nn import Transformer, forward_losses
+from aquila_jax.nn.moe import JITTER
+from aquila_jax.nn.moe.health import balance_biases, router_metrics
 from aquila_jax.sharding import Layout
 from aquila_jax.training.guard import ACCEPTED, Guard, GuardState, choose, new_guard_state
 
@@ -41,10 +43,16 @@ class RouterLosses:
     Attributes:
         load_balance: weight of the Switch load-balancing loss, averaged over layers.
         z: weight of the router z-loss, averaged over layers.
+        max_z: weight of the mean square of the largest logit, averaged over layers: a z-loss that
+            only pulls at the largest.
+        bias_rate: how far a step moves every router bias against its expert's load, where the
+            model has such biases (`ModelConfig.router_bias`); they are balance without a loss.
     """
 
     load_balance: float = 1e-3
     z: float = 1e-2
+    max_z: float = 0.0
+    bias_rate: float = 1e-3
 
 
 def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -66,7 +74,11 @@ def state_shardings(state: TrainState, layout: Layout, config: ModelConfig) -> T
 
 
 def loss_and_metrics(
-    model: Transformer, router_losses: RouterLosses, params: Any, batch: Batch
+    model: Transformer,
+    router_losses: RouterLosses,
+    params: Any,
+    batch: Batch,
+    rngs: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """The loss that is minimised, and what it is made of.
 
@@ -76,19 +88,19 @@ def loss_and_metrics(
         params: its parameters.
         batch: `tokens`, `targets`, `segment_ids`, `positions` int32 and `loss_weights` float32,
             all `[B, T]`.
+        rngs: random keys by stream, for what is drawn in training.
 
     Returns:
         The total, and metrics with `loss`, the language-model part, in nats per token.
     """
-    losses, routing = forward_losses(model, params, batch)
+    losses, routing = forward_losses(model, params, batch, rngs)
     loss = losses.mean
     metrics = {"loss": loss}
     if model.config.is_moe:
-        metrics["load_balance_loss"] = routing["load_balance_loss"].mean()
-        metrics["router_z_loss"] = routing["router_z_loss"].mean()
-        metrics["busiest_expert_load"] = routing["load_E"].max() * model.config.num_experts
+        metrics |= router_metrics(routing)
         loss += router_losses.load_balance * metrics["load_balance_loss"]
         loss += router_losses.z * metrics["router_z_loss"]
+        loss += router_losses.max_z * metrics["router_max_z_loss"]
     return loss, metrics
 
 
@@ -145,14 +157,21 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def loss_of(params: Any, part: Batch) -> tuple[jax.Array, Metrics]:
-            return loss_and_metrics(model, router_losses, params, part)
+            return loss_and_metrics(model, router_losses, params, part, rngs)
+
+        # Drawn anew from the step's number, so that a resumed run draws the same.
+        key = jax.random.fold_in(jax.random.key(0), state.step)
+        rngs = {JITTER: key} if model.dispatch.jitter else None
 
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
         (loss, metrics), gradients = accumulated(gradient_of, state.params, batch, micro_batches)
         metrics["grad_norm"] = optax.tree.norm(gradients)
         verdict, guarded = guard.judge(state.guard, loss, metrics["grad_norm"])
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        updated = optax.apply_updates(state.params, updates), opt_state
+        moved = optax.apply_updates(state.params, updates)
+        if model.config.router_bias:
+            moved = balance_biases(cast(Any, moved), metrics["load_by_layer"], router_losses.bias_rate)
+        updated = moved, opt_state
         params, opt_state = choose(verdict == ACCEPTED, updated, (state.params, state.opt_state))
         metrics["verdict"] = verdict
         metrics["skipped_updates"] = guarded.skipped

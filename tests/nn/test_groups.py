@@ -8,6 +8,7 @@ import pytest
 from aquila_jax import axes
 from aquila_jax.nn import Transformer, forward
 from aquila_jax.nn.losses import cross_entropy
+from aquila_jax.nn.moe.router import Report
 
 # Everything at once: narrow experts, a shared one, and dense layers between.
 GROUPED = {
@@ -70,11 +71,9 @@ def test_routers_report_from_the_layers_that_have_them(tiny, random_params, rand
     params, batch = random_params(config), random_batch(config)
     report = jax.jit(lambda params: forward(Transformer(config), params, batch)[1])
     before = report(params)
-    assert {name: value.shape for name, value in before.items()} == {
-        "load_balance_loss": (3,),
-        "router_z_loss": (3,),
-        "load_E": (3, 4),
-    }
+    assert before.keys() == set(Report._fields)
+    assert before.pop("load_E").shape == (3, 4)
+    assert all(value.shape == (3,) for value in before.values())
     # The second router is that of layer 3: lower ones do not see it change.
     router = params["layers"]["moe"]["router"].copy()
     router[1] *= 2

@@ -1,0 +1,265 @@
+"""From logits to the mixture's output: on one device, or in shards of a mesh."""
+
+import functools
+import logging
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from aquila_jax.axes import BATCH, EMBED, EXPERT_MLP, EXPERTS
+from aquila_jax.config import ModelConfig
+from aquila_jax.errors import UserError
+from aquila_jax.kernels import Routed, route
+from aquila_jax.nn.moe.exchange import (
+    Fabric,
+    buffers,
+    by_all_to_all,
+    by_gather,
+    on_one_device,
+    slots_in_buffers,
+)
+from aquila_jax.nn.moe.experts import Weights, on_all_tokens, on_slots, on_sorted_rows
+from aquila_jax.nn.moe.queues import Queues, capacity_of, endless, limited, renormalised
+from aquila_jax.nn.moe.router import Report, Sums, report, sums_of
+from aquila_jax.nn.moe.settings import Dispatch
+from aquila_jax.nn.moe.traffic import cheapest
+from aquila_jax.sharding import Layout
+
+
+class Mixed(NamedTuple):
+    """A mixture's output and what it reports.
+
+    Attributes:
+        out_BTD: in the dtype of the inputs.
+        report: losses and health; of `mix_shard` the sums they are made of.
+    """
+
+    out_BTD: jax.Array
+    report: Report | Sums
+
+
+def mix(
+    config: ModelConfig,
+    dispatch: Dispatch,
+    x_BTD: Float[Array, "B T D"],
+    logits_BTE: Float[Array, "B T E"],
+    is_token_BT: Bool[Array, "B T"],
+    bias_E: Float[Array, " E"],
+    weights: Weights,
+    layout: Layout | None = None,
+) -> Mixed:
+    """The experts' outputs for tokens whose router logits are known.
+
+    Args:
+        config: the architecture.
+        dispatch: how to compute.
+        x_BTD: inputs of the experts, in the dtype of `weights`.
+        logits_BTE: router logits, float32 at least.
+        is_token_BT: false on padding, which is routed but neither counted nor charged.
+        bias_E: added to the scores where experts are chosen, if the model has such a bias.
+        weights: all experts' matrices.
+        layout: how they and the batch are split over a mesh.
+
+    Raises:
+        UserError: experts are in shards that the batch is not split over.
+    """
+    if layout is None or layout.mesh.size == 1:
+        layout = None
+    elif dispatch.strategy != "reference":
+        dispatch = _checked(dispatch, layout, x_BTD)
+    if dispatch.strategy == "reference":
+        return _mix_by_reference(
+            config, dispatch, x_BTD, logits_BTE, is_token_BT, bias_E, weights, layout
+        )
+    if layout is None:
+        body = functools.partial(mix_shard, config, dispatch, Fabric(), ())
+        mixed = body(x_BTD, logits_BTE, is_token_BT, bias_E, *weights)
+        device_groups = 1
+    else:
+        fabric = fabric_of(layout, dispatch, config.experts_per_token)
+        body = functools.partial(mix_shard, config, dispatch, fabric, layout.mesh_axes(EMBED))
+        tokens, matrix = (BATCH, EXPERT_MLP), (EXPERTS, EMBED, EXPERT_MLP)
+        wide, sums = (*tokens, None), Sums(*(((BATCH, EXPERT_MLP, None),) * 2 + (tokens,) * 7))
+        mixed = layout.shard_map(
+            body,
+            (wide, wide, tokens, (None,), matrix, matrix, (EXPERTS, EXPERT_MLP, EMBED)),
+            Mixed(wide, sums),
+        )(x_BTD, logits_BTE, is_token_BT, bias_E, *weights)
+        device_groups = layout.batch_shards
+    return Mixed(
+        mixed.out_BTD,
+        report(mixed.report, config.experts_per_token, dispatch.balance, device_groups),
+    )
+
+
+def fabric_of(layout: Layout, dispatch: Dispatch, experts_per_token: int) -> Fabric:
+    """The mesh axes that a mixture talks over, and how."""
+    shards, hidden = layout.shards(EXPERTS), layout.shards(EXPERT_MLP)
+    exchange = dispatch.exchange
+    if exchange == "auto":
+        exchange = cheapest(experts_per_token, shards, hidden)
+    expert_axes, hidden_axes = layout.mesh_axes(EXPERTS), layout.mesh_axes(EXPERT_MLP)
+    return Fabric(expert_axes, hidden_axes, shards, hidden, exchange)
+
+
+def _checked(dispatch: Dispatch, layout: Layout, x_BTD: jax.Array) -> Dispatch:
+    """`dispatch`, or the reference where the batch does not divide over the devices.
+
+    Tokens are split over all devices that experts are split over: rows over those of the batch,
+    the tokens of a row over those of hidden units, so that nothing is computed twice.
+    """
+    if not set(layout.mesh_axes(EXPERTS)) <= set(layout.mesh_axes(BATCH)):
+        raise UserError(
+            f"experts are split over mesh axes {layout.mesh_axes(EXPERTS)} that the batch "
+            f"({layout.mesh_axes(BATCH)}) is not: add them to the sharding rule of {BATCH}, or "
+            "set Dispatch.strategy to 'reference'"
+        )
+    rows, length, _ = x_BTD.shape
+    row_shards, token_shards = layout.shards(BATCH), layout.shards(EXPERT_MLP)
+    if rows % row_shards == 0 and length % token_shards == 0:
+        return dispatch
+    _log_reference_once(
+        f"{rows} rows of {length} tokens do not divide over {row_shards} x {token_shards} devices"
+    )
+    return Dispatch(strategy="reference", balance=dispatch.balance)
+
+
+@functools.cache
+def _log_reference_once(why: str) -> None:
+    logging.getLogger(__name__).warning("every expert computes every token: %s", why)
+
+
+def _mix_by_reference(
+    config: ModelConfig,
+    dispatch: Dispatch,
+    x_BTD: jax.Array,
+    logits_BTE: jax.Array,
+    is_token_BT: jax.Array,
+    bias_E: jax.Array,
+    weights: Weights,
+    layout: Layout | None,
+) -> Mixed:
+    rows, length, num_experts = logits_BTE.shape
+    # The compiler splits plain operations over a mesh, but no kernel.
+    routed = _route(config, dispatch, logits_BTE, is_token_BT, bias_E, backend="reference")
+    tokens_N1 = jnp.arange(rows * length)[:, None]
+    gates_NE = jnp.zeros((rows * length, num_experts), routed.gates_Nk.dtype)
+    gates_NE = gates_NE.at[tokens_N1, routed.experts_Nk].set(routed.gates_Nk)
+    gates_BTE = gates_NE.reshape(rows, length, num_experts) * config.router_scale
+    out_BTD = on_all_tokens(x_BTD, gates_BTE, weights, layout)
+    k, queues = config.experts_per_token, endless(routed)
+    sums = sums_of(logits_BTE, is_token_BT, routed, queues, queues.order_Nk, k)
+    device_groups = 1 if layout is None else math.gcd(layout.batch_shards, rows)
+    return Mixed(out_BTD, report(sums, k, dispatch.balance, device_groups))
+
+
+def mix_shard(
+    config: ModelConfig,
+    dispatch: Dispatch,
+    fabric: Fabric,
+    embed_axes: tuple[str, ...],
+    x_BTD: jax.Array,
+    logits_BTE: jax.Array,
+    is_token_BT: jax.Array,
+    bias_E: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+) -> Mixed:
+    """`mix` on one device's tokens and experts.
+
+    Weights are gathered over `embed_axes` for use, so their gradients are summed and split over
+    them in one go (a reduce-scatter), not summed everywhere.
+    """
+    weights = Weights(
+        _gather(gate_EDF, embed_axes, 1),
+        _gather(up_EDF, embed_axes, 1),
+        _gather(down_EFD, embed_axes, 2),
+    )
+    k, is_fixed = config.experts_per_token, dispatch.strategy == "capacity"
+    routed = _route(config, dispatch, logits_BTE, is_token_BT, bias_E)
+    queues = _queues(config, dispatch, routed, is_token_BT.reshape(-1))
+    num_rows = _num_rows(config, dispatch, fabric, routed.gates_Nk.shape[0])
+    places = buffers(queues, fabric, num_rows)
+    slots_Nk = slots_in_buffers(queues, places, fabric)
+
+    def compute(rows_MD: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        return on_slots(rows_MD, weights) if is_fixed else on_sorted_rows(rows_MD, weights, sizes_E)
+
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+    gates_Nk = queues.gates_Nk * config.router_scale
+    if not fabric.axes:
+        out_ND = on_one_device(x_ND, gates_Nk, slots_Nk, places, compute)
+    elif fabric.exchange == "gather" or not fabric.expert_axes:
+        out_ND = by_gather(x_ND, gates_Nk, queues.experts_Nk, slots_Nk, places, fabric, compute)
+    else:
+        out_ND = by_all_to_all(x_ND, gates_Nk, queues, places, fabric, compute, is_fixed=is_fixed)
+    sums = sums_of(logits_BTE, is_token_BT, routed, queues, slots_Nk, k)
+    return Mixed(out_ND.reshape(x_BTD.shape), sums)
+
+
+def _gather(weights: jax.Array, mesh_axes: tuple[str, ...], axis: int) -> jax.Array:
+    return lax.all_gather(weights, mesh_axes, axis=axis, tiled=True) if mesh_axes else weights
+
+
+def _falls_back(config: ModelConfig, dispatch: Dispatch) -> bool:
+    """Whether tokens are routed to one expert more, to fall back on."""
+    is_limited = dispatch.strategy == "capacity" and dispatch.overflow
+    return is_limited and config.experts_per_token < config.num_experts
+
+
+def _route(
+    config: ModelConfig,
+    dispatch: Dispatch,
+    logits_BTE: jax.Array,
+    is_token_BT: jax.Array,
+    bias_E: jax.Array,
+    backend: str = "auto",
+) -> Routed:
+    falls_back = _falls_back(config, dispatch)
+    return route(
+        logits_BTE.reshape(-1, config.num_experts),
+        is_token_BT.reshape(-1),
+        experts_per_token=config.experts_per_token + falls_back,
+        # Whose sum gates are divided by is known when places are.
+        renormalize=config.renormalize_gates and not falls_back,
+        scores=config.router_scores,
+        bias_E=bias_E if config.router_bias else None,
+        sequences=max(logits_BTE.shape[0], 1),
+        backend=backend,
+    )
+
+
+def _queues(
+    config: ModelConfig, dispatch: Dispatch, routed: Routed, is_token_N: jax.Array
+) -> Queues:
+    if dispatch.strategy != "capacity":
+        return endless(routed)
+    k = config.experts_per_token
+    queues = limited(routed, is_token_N, k, _capacity(config, dispatch, is_token_N.shape[0]))
+    if _falls_back(config, dispatch):
+        queues = renormalised(queues, k, config.renormalize_gates)
+    return queues
+
+
+def _capacity(config: ModelConfig, dispatch: Dispatch, num_tokens: int) -> int:
+    return capacity_of(
+        dispatch.capacity_factor, num_tokens, config.experts_per_token, config.num_experts
+    )
+
+
+def _num_rows(config: ModelConfig, dispatch: Dispatch, fabric: Fabric, num_tokens: int) -> int:
+    """M: rows that a device makes room for, when sources have `num_tokens` each."""
+    experts_here = config.num_experts // fabric.expert_shards
+    if dispatch.strategy == "capacity":
+        return _capacity(config, dispatch, num_tokens) * fabric.num_sources * experts_here
+    num_tokens *= fabric.num_sources
+    most = num_tokens * min(config.experts_per_token, experts_here)
+    if not dispatch.buffer_factor or fabric.expert_shards == 1:
+        return most
+    average = num_tokens * config.experts_per_token / fabric.expert_shards
+    return min(most, math.ceil(dispatch.buffer_factor * average))
