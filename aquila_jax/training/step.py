@@ -170,7 +170,9 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         moved = optax.apply_updates(state.params, updates)
         if model.config.router_bias:
-            moved = balance_biases(cast(Any, moved), metrics["load_by_layer"], router_losses.bias_rate)
+            moved = balance_biases(
+                cast(Any, moved), metrics["load_by_layer"], router_losses.bias_rate
+            )
         updated = moved, opt_state
         params, opt_state = choose(verdict == ACCEPTED, updated, (state.params, state.opt_state))
         metrics["verdict"] = verdict

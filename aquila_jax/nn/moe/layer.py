@@ -61,15 +61,13 @@ class MixtureOfExperts(nn.Module):
             )
         )
         x_BTD = x_BTD.astype(self.dtype)
-        mixed = mix(
+        out_BTD, report = mix(
             config, self.dispatch, x_BTD, logits_BTE, is_token_BT, bias_E, weights, self.layout
         )
-        for name, value in mixed.report._asdict().items():
+        for name, value in report._asdict().items():
             # Linen's sow collects a tuple of every call; there is one call, so keep its value.
             self.sow(ROUTER, name, value, reduce_fn=lambda _, new: new)
-        return (
-            mixed.out_BTD + self._shared_expert(x_BTD) if config.shared_mlp_dim else mixed.out_BTD
-        )
+        return out_BTD + self._shared_expert(x_BTD) if config.shared_mlp_dim else out_BTD
 
     def _jittered(self, x_BTD: jax.Array) -> jax.Array:
         epsilon = self.dispatch.jitter

@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from typing import NamedTuple
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from aquila_jax.axes import BATCH, EMBED, EXPERT_MLP, EXPERTS
 from aquila_jax.config import ModelConfig
 from aquila_jax.errors import UserError
-from aquila_jax.kernels import Routed, route
+from aquila_jax.kernels import Backend, Routed, Scores, route
 from aquila_jax.nn.moe.exchange import (
     Fabric,
     buffers,
@@ -30,18 +30,6 @@ from aquila_jax.nn.moe.traffic import cheapest
 from aquila_jax.sharding import Layout
 
 
-class Mixed(NamedTuple):
-    """A mixture's output and what it reports.
-
-    Attributes:
-        out_BTD: in the dtype of the inputs.
-        report: losses and health; of `mix_shard` the sums they are made of.
-    """
-
-    out_BTD: jax.Array
-    report: Report | Sums
-
-
 def mix(
     config: ModelConfig,
     dispatch: Dispatch,
@@ -51,7 +39,7 @@ def mix(
     bias_E: Float[Array, " E"],
     weights: Weights,
     layout: Layout | None = None,
-) -> Mixed:
+) -> tuple[jax.Array, Report]:
     """The experts' outputs for tokens whose router logits are known.
 
     Args:
@@ -63,6 +51,9 @@ def mix(
         bias_E: added to the scores where experts are chosen, if the model has such a bias.
         weights: all experts' matrices.
         layout: how they and the batch are split over a mesh.
+
+    Returns:
+        The outputs, in the dtype of the inputs, and what the router did.
 
     Raises:
         UserError: experts are in shards that the batch is not split over.
@@ -77,23 +68,21 @@ def mix(
         )
     if layout is None:
         body = functools.partial(mix_shard, config, dispatch, Fabric(), ())
-        mixed = body(x_BTD, logits_BTE, is_token_BT, bias_E, *weights)
+        out_BTD, sums = body(x_BTD, logits_BTE, is_token_BT, bias_E, *weights)
         device_groups = 1
     else:
         fabric = fabric_of(layout, dispatch, config.experts_per_token)
         body = functools.partial(mix_shard, config, dispatch, fabric, layout.mesh_axes(EMBED))
         tokens, matrix = (BATCH, EXPERT_MLP), (EXPERTS, EMBED, EXPERT_MLP)
-        wide, sums = (*tokens, None), Sums(*(((BATCH, EXPERT_MLP, None),) * 2 + (tokens,) * 7))
-        mixed = layout.shard_map(
+        wide = (*tokens, None)
+        specs: list[Any] = [wide if name.endswith("E") else tokens for name in Sums._fields]
+        out_BTD, sums = layout.shard_map(
             body,
             (wide, wide, tokens, (None,), matrix, matrix, (EXPERTS, EXPERT_MLP, EMBED)),
-            Mixed(wide, sums),
+            (wide, Sums(*specs)),
         )(x_BTD, logits_BTE, is_token_BT, bias_E, *weights)
         device_groups = layout.batch_shards
-    return Mixed(
-        mixed.out_BTD,
-        report(mixed.report, config.experts_per_token, dispatch.balance, device_groups),
-    )
+    return out_BTD, report(sums, config.experts_per_token, dispatch.balance, device_groups)
 
 
 def fabric_of(layout: Layout, dispatch: Dispatch, experts_per_token: int) -> Fabric:
@@ -142,7 +131,7 @@ def _mix_by_reference(
     bias_E: jax.Array,
     weights: Weights,
     layout: Layout | None,
-) -> Mixed:
+) -> tuple[jax.Array, Report]:
     rows, length, num_experts = logits_BTE.shape
     # The compiler splits plain operations over a mesh, but no kernel.
     routed = _route(config, dispatch, logits_BTE, is_token_BT, bias_E, backend="reference")
@@ -154,7 +143,7 @@ def _mix_by_reference(
     k, queues = config.experts_per_token, endless(routed)
     sums = sums_of(logits_BTE, is_token_BT, routed, queues, queues.order_Nk, k)
     device_groups = 1 if layout is None else math.gcd(layout.batch_shards, rows)
-    return Mixed(out_BTD, report(sums, k, dispatch.balance, device_groups))
+    return out_BTD, report(sums, k, dispatch.balance, device_groups)
 
 
 def mix_shard(
@@ -169,7 +158,7 @@ def mix_shard(
     gate_EDF: jax.Array,
     up_EDF: jax.Array,
     down_EFD: jax.Array,
-) -> Mixed:
+) -> tuple[jax.Array, Sums]:
     """`mix` on one device's tokens and experts.
 
     Weights are gathered over `embed_axes` for use, so their gradients are summed and split over
@@ -199,7 +188,7 @@ def mix_shard(
     else:
         out_ND = by_all_to_all(x_ND, gates_Nk, queues, places, fabric, compute, is_fixed=is_fixed)
     sums = sums_of(logits_BTE, is_token_BT, routed, queues, slots_Nk, k)
-    return Mixed(out_ND.reshape(x_BTD.shape), sums)
+    return out_ND.reshape(x_BTD.shape), sums
 
 
 def _gather(weights: jax.Array, mesh_axes: tuple[str, ...], axis: int) -> jax.Array:
@@ -218,7 +207,7 @@ def _route(
     logits_BTE: jax.Array,
     is_token_BT: jax.Array,
     bias_E: jax.Array,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Routed:
     falls_back = _falls_back(config, dispatch)
     return route(
@@ -227,7 +216,7 @@ def _route(
         experts_per_token=config.experts_per_token + falls_back,
         # Whose sum gates are divided by is known when places are.
         renormalize=config.renormalize_gates and not falls_back,
-        scores=config.router_scores,
+        scores=cast(Scores, config.router_scores),
         bias_E=bias_E if config.router_bias else None,
         sequences=max(logits_BTE.shape[0], 1),
         backend=backend,
