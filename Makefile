@@ -14,6 +14,8 @@ MODELS_DIR := data/models
 TASKS_DIR := data/tasks
 PARITY := .venv-parity
 DOCS := .venv-docs
+SHELLCHECK := .venv-shellcheck
+AUDIT := .venv-audit
 RUNS := runs/demo
 
 # Compiled bytecode makes every later start seconds faster.
@@ -29,7 +31,7 @@ SETUP_FAILED = { echo "error: could not install from $(1): see the message above
 # The paper's three stages and the control, oldest first.
 STAGES := 1_dense 2_scale_up 3_scale_out control
 
-.PHONY: help demo test test-newest test-parity bench-growth soak docs lint check format lock clean
+.PHONY: help demo test test-newest test-parity bench-growth soak docs lint check format lock audit clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -94,7 +96,21 @@ $(DOCS)/installed: requirements/docs.lock $(VENV)/installed
 docs: $(DOCS)/installed ## build the documentation site into site/, links checked
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
-lint: $(VENV)/installed ## check format, lint and types
+$(SHELLCHECK)/installed: requirements/shell.lock $(VENV)/installed
+	@$(PYTHON) -m venv $(SHELLCHECK)
+	@$(UV) pip install --quiet --no-deps --require-hashes --python $(SHELLCHECK)/bin/python -r requirements/shell.lock || $(call SETUP_FAILED,requirements/shell.lock)
+	@touch $@
+
+$(AUDIT)/installed: requirements/audit.lock $(VENV)/installed
+	@$(PYTHON) -m venv $(AUDIT)
+	@$(UV) pip install --quiet --no-deps --require-hashes --python $(AUDIT)/bin/python -r requirements/audit.lock || $(call SETUP_FAILED,requirements/audit.lock)
+	@touch $@
+
+audit: $(AUDIT)/installed ## look every pinned package up among known vulnerabilities (needs pypi.org)
+	$(AUDIT)/bin/pip-audit --disable-pip --require-hashes --progress-spinner=off $(patsubst %,-r %,requirements.lock $(wildcard requirements/*.lock))
+
+lint: $(VENV)/installed $(SHELLCHECK)/installed ## check format, lint, types and shell scripts
+	$(SHELLCHECK)/bin/shellcheck --external-sources --source-path=tpu_setup tpu_setup/*.sh
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
@@ -111,7 +127,9 @@ lock: $(VENV)/installed ## resolve the dependencies anew
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --no-deps requirements/models.in -o requirements/models.lock
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --no-deps requirements/tasks.in -o requirements/tasks.lock
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade requirements/docs.in -o requirements/docs.lock
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade requirements/shell.in -o requirements/shell.lock
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade requirements/audit.in -o requirements/audit.lock
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --override requirements/overrides.txt --extra data --extra gguf --extra tpu --extra dev pyproject.toml -o requirements.lock
 
 clean: ## remove the environments, the text, the model, the tasks and the demonstration's runs
-	rm -rf $(VENV) .venv-newest $(DOCS) site $(PARITY) $(TEXT_DIR) $(MODELS_DIR) $(TASKS_DIR) $(RUNS)
+	rm -rf $(VENV) .venv-newest $(DOCS) $(SHELLCHECK) $(AUDIT) site $(PARITY) $(TEXT_DIR) $(MODELS_DIR) $(TASKS_DIR) $(RUNS)

@@ -259,6 +259,15 @@ class Layout:
         """The sharding of every `[B, T]` array of a batch."""
         return NamedSharding(self.mesh, self.spec((axes.BATCH, axes.TOKENS), "the batch"))
 
+    def own_rows(self, batch_size: int) -> list[int]:
+        """Which rows of a batch lie on devices of this process, in order."""
+        shards = self.batch().addressable_devices_indices_map((batch_size, 1)).values()
+        return sorted({row for shard in shards if shard for row in range(batch_size)[shard[0]]})
+
+    def each_device(self) -> NamedSharding:
+        """The sharding of an array with one element for every device."""
+        return NamedSharding(self.mesh, PartitionSpec(MESH_AXES))
+
     def replicated(self) -> NamedSharding:
         """The sharding of what every device holds whole."""
         return NamedSharding(self.mesh, PartitionSpec())

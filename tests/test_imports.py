@@ -19,6 +19,7 @@ TREES = {file.relative_to(PACKAGE): ast.parse(file.read_text(encoding="utf-8")) 
 LAYERS = {
     "errors": 0,
     "files": 0,
+    "hosts": 0.5,
     "config": 0,
     "axes": 0,
     "accounting": 0.5,

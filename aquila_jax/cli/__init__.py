@@ -14,8 +14,8 @@
     aquila data prepare --to DIR [--text_dir DIR] [--sequence_length N]
 
 A gin file describes one `TrainRun`; see `gin_configs/`. Exit codes: 0 done, 1 two models
-differ (verify), 2 a mistake in what was asked for (one line says which), 128 + n stopped by
-signal n after saving.
+differ (verify), 2 a mistake in what was asked for (one line says which), 75 another process of
+the run was lost, 128 + n stopped by signal n after saving.
 """
 
 import argparse
@@ -58,7 +58,6 @@ COMMANDS = (
 )
 
 _GIN_FLAG = "--gin."
-_USER_MISTAKE = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run_command(arguments, bindings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return _USER_MISTAKE
+        return error.exit_code
     except KeyboardInterrupt:
         # Between steps the loop stops by itself; this is start-up, with nothing to save.
         print("interrupted; run the same command again to go on", file=sys.stderr)

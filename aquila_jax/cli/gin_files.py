@@ -9,7 +9,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import gin
 from gin import config as gin_config
@@ -40,6 +40,11 @@ def add_gin_flags(command: argparse.ArgumentParser, *, is_required: bool) -> Non
         help="where gin files and their includes are looked for; may be repeated",
     )
     command.add_argument(
+        "--allow_imports",
+        action="store_true",
+        help="let gin files import Python modules, which run as they are imported",
+    )
+    command.add_argument(
         "--dry_run",
         action="store_true",
         help="check bindings and shapes, print the operative configuration, run nothing",
@@ -51,17 +56,28 @@ def with_run(
     arguments: argparse.Namespace, bindings: list[str], command: Callable[..., Any]
 ) -> int:
     """Build the `TrainRun` that gin describes, and check it or hand it to `command`."""
+    from aquila_jax.hosts import joined
     from aquila_jax.training import Interrupted, check
 
-    run = configured_run(arguments.gin_file, bindings, arguments.gin_search_paths)
-    operative_config = gin.operative_config_str()
+    def configured() -> tuple["TrainRun", str]:
+        run = configured_run(
+            arguments.gin_file,
+            bindings,
+            arguments.gin_search_paths,
+            allow_imports=arguments.allow_imports,
+        )
+        return run, gin.operative_config_str()
+
     if arguments.dry_run:
+        run, operative_config = configured()
         for note in check(run):
             print(f"# note: {note}")
         print(operative_config)
         return 0
     try:
-        command(run, operative_config=operative_config)
+        with joined():
+            run, operative_config = configured()
+            command(run, operative_config=operative_config)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
@@ -73,6 +89,8 @@ def configured_run(
     bindings: Sequence[str],
     search_paths: Sequence[str] = (),
     unread: Mapping[str, str] = types.MappingProxyType({}),
+    *,
+    allow_imports: bool = False,
 ) -> "TrainRun":
     """The run that gin files and bindings describe.
 
@@ -81,13 +99,14 @@ def configured_run(
         bindings: "NAME=VALUE", parsed last.
         search_paths: looked in after the working directory and before this package's own configs.
         unread: values for required macros that nobody set, where what they name is not read.
+        allow_imports: whether files may import modules; a file from elsewhere is then a program.
 
     Raises:
         UserError: a file is missing or malformed, a binding is unknown, a required one is
             missing, or the run's settings do not fit each other.
     """
     _register_runs()
-    _parse(gin_files, bindings, search_paths, unread)
+    _parse(gin_files, bindings, search_paths, unread, allow_imports=allow_imports)
     with _one_line_errors():
         gin.finalize()
         return gin.get_configurable("TrainRun")()
@@ -142,17 +161,41 @@ def target(source: "ModelConfig", **changes: Any) -> "ModelConfig":
     return ModelConfig.from_dict({**source.to_dict(), **changes})
 
 
+# A statement of gin's that would run a module's code; none of ours needs one.
+_IMPORT = re.compile(r"^[ \t]*(import|from)[ \t]+\S", flags=re.MULTILINE)
+
+
+def _open_without_imports(path: str) -> IO[str]:
+    """A gin file, to be read.
+
+    Raises:
+        UserError: it imports something.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    if found := _IMPORT.search(text):
+        line = text[: found.start()].count("\n") + 1
+        raise UserError(
+            f"{path}, line {line}, imports Python code, which would run: "
+            f"{text.splitlines()[line - 1].strip()!r}; remove it, or give --allow_imports if you "
+            "trust the file"
+        )
+    return open(path, encoding="utf-8")
+
+
 def _parse(
     gin_files: Sequence[str],
     bindings: Sequence[str],
     search_paths: Sequence[str],
     unread: Mapping[str, str] = types.MappingProxyType({}),
+    *,
+    allow_imports: bool = False,
 ) -> None:
     """Read files and bindings into gin's configuration, and check what it would not."""
     gin.clear_config()
     # gin would also take a file's folder for a Python package, import it, and fail where it has no
     # __init__.py. Its search path and readers have no public way to be set rather than added to.
-    gin_config._FILE_READERS[:] = [(open, os.path.isfile)]
+    reader: Any = open if allow_imports else _open_without_imports
+    gin_config._FILE_READERS[:] = [(reader, os.path.isfile)]
     gin_config._LOCATION_PREFIXES[:] = ["", *search_paths, *map(str, _ROOTS)]
     with _one_line_errors():
         gin.parse_config_files_and_bindings(list(gin_files), None, finalize_config=False)

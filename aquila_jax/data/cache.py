@@ -254,7 +254,7 @@ class TokenCache:
         return {"vocabulary": self._index["vocabulary"], "order": digest[:16]}
 
     def train_batches(
-        self, start: int = 0, *, shard: int = 0, num_shards: int = 1
+        self, start: int = 0, *, rows: Sequence[int] | None = None
     ) -> Iterator[Batch]:
         """Yields training batches without end, batch number `start` first.
 
@@ -263,30 +263,26 @@ class TokenCache:
 
         Args:
             start: the first batch.
-            shard: which of `num_shards` equal parts of every batch to read: row i of shard s is
-                row s * B / num_shards + i of the batch.
-            num_shards: parts; divides B.
+            rows: which rows of every batch to read, all by default; the others are not read.
 
         Returns:
-            Batches as in `TextData.train_batches`, `[B / num_shards, T]`.
+            Batches as in `TextData.train_batches`, `[rows, T]`.
 
         Raises:
-            UserError: `start`, `shard` or `num_shards` does not fit.
+            UserError: `start` or `rows` do not fit.
         """
         if start < 0:
             raise UserError(f"start is {start}: batches are counted from 0")
-        if not 0 <= shard < num_shards or self.batch_size % num_shards:
-            raise UserError(
-                f"shard {shard} of {num_shards} does not fit batches of {self.batch_size} rows"
-            )
+        taken = range(self.batch_size) if rows is None else list(rows)
+        if any(row not in range(self.batch_size) for row in taken):
+            raise UserError(f"rows {taken} are not all of batches of {self.batch_size} rows")
         import grain
 
-        rows = self._train_rows()
-        per_shard = self.batch_size // num_shards
+        all_rows = self._train_rows()
 
         def batch(number: int) -> Batch:
-            first = number * self.batch_size + shard * per_shard
-            return self._decode(rows[first + i] for i in range(per_shard))
+            first = number * self.batch_size
+            return self._decode(all_rows[first + row] for row in taken)
 
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=_AHEAD)
         return iter(grain.MapDataset.range(start, _ENDLESS).map(batch).to_iter_dataset(options))

@@ -11,7 +11,7 @@ import numpy as np
 
 from aquila_jax.data.chat import open_chat_template
 from aquila_jax.data.conversations import Example, read_examples
-from aquila_jax.data.pipeline import VALIDATION_SEED, Batch
+from aquila_jax.data.pipeline import VALIDATION_SEED, Batch, take_rows
 from aquila_jax.data.pretrained_tokenizer import Tokenizer, open_tokenizer
 from aquila_jax.data.sources import VALIDATION_FRACTION, is_validation
 from aquila_jax.errors import UserError
@@ -79,7 +79,9 @@ class ChatData:
         digest.update(repr(settings).encode())
         return {"vocabulary": self._tokenizer.digest, "order": digest.hexdigest()[:16]}
 
-    def train_batches(self, start: int = 0) -> Iterator[Batch]:
+    def train_batches(
+        self, start: int = 0, *, rows: Sequence[int] | None = None
+    ) -> Iterator[Batch]:
         """Yields batches as `TextData.train_batches`, without end, batch number `start` first.
 
         `tokens` are what is read, from an example's first token, and `targets` what follows each;
@@ -92,13 +94,14 @@ class ChatData:
             raise UserError(f"start is {start}: batches are counted from 0")
         examples = self._examples(is_held_out=False)
 
-        def rows() -> Iterator[list[Example]]:
+        def packed() -> Iterator[list[Example]]:
             for epoch in itertools.count():
                 order = np.random.default_rng((self.seed, epoch)).permutation(len(examples))
                 yield from pack_examples((examples[i] for i in order), self.sequence_length)
 
-        first = itertools.islice(rows(), start * self.batch_size, None)
-        return map(self._batch, iter(lambda: [*itertools.islice(first, self.batch_size)], []))
+        first = itertools.islice(packed(), start * self.batch_size, None)
+        whole = map(self._batch, iter(lambda: [*itertools.islice(first, self.batch_size)], []))
+        return take_rows(whole, rows)
 
     def validation_batches(self, num_batches: int) -> dict[str, list[Batch]]:
         """The first `num_batches` batches of held-out examples; the last may end in padding.

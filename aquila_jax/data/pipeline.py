@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -149,7 +149,9 @@ class TextData:
             "order": hashlib.sha256(repr(order).encode()).hexdigest()[:16],
         }
 
-    def train_batches(self, start: int = 0) -> Iterator[Batch]:
+    def train_batches(
+        self, start: int = 0, *, rows: Sequence[int] | None = None
+    ) -> Iterator[Batch]:
         """Yields training batches without end, batch number `start` first.
 
         The order is a function of the settings alone: `train_batches(start=k)` goes on exactly
@@ -160,6 +162,11 @@ class TextData:
         segment's first is the tokenizer's `start_id`; `targets` int32, what to predict;
         `loss_weights` float32, 0 on padding; `segment_ids` int32, 1, 2, .. for the pieces in a row
         and 0 for padding; `positions` int32, counted from 0 in each segment.
+
+        Args:
+            start: the first batch.
+            rows: which rows of every batch, all by default; a process of several packs whole
+                batches, and keeps its own rows.
 
         Raises:
             UserError: `start` is negative; the text or the tokenizer is missing; or the tokenizer
@@ -177,7 +184,7 @@ class TextData:
             {tasks.FEATURE: self.sequence_length}, "train", seed=self.seed, num_epochs=None
         )
         batches = self._pack(pieces).batch(self.batch_size, drop_remainder=True)
-        return map(_rename, _arrays(batches.skip(start).prefetch(2)))
+        return take_rows(map(_rename, _arrays(batches.skip(start).prefetch(2))), rows)
 
     def validation_batches(self, num_batches: int) -> dict[str, list[Batch]]:
         """Returns the first `num_batches` batches of held-out text of each language.
@@ -257,6 +264,14 @@ class TextData:
         options.threading.max_intra_op_parallelism = 1
         convert = LanguageModelConverter(start_id=start_id(self.tokenizer), pack=True)
         return convert(pieces, {FEATURE: self.sequence_length}).with_options(options)
+
+
+def take_rows(batches: Iterator[Batch], rows: Sequence[int] | None) -> Iterator[Batch]:
+    """Of every batch the given rows, in their order; all of them for None."""
+    if rows is None:
+        return batches
+    taken = list(rows)
+    return ({name: array[taken] for name, array in batch.items()} for batch in batches)
 
 
 def _arrays(dataset: "tf.data.Dataset") -> Iterator[dict[str, np.ndarray]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from aquila_jax.config import ModelConfig
@@ -49,7 +50,8 @@ def certify(
         True
     """
     params, config = source[0], source[1]
-    tokens = jnp.asarray(tokens)
+    # On the host: several processes have no array of devices in common yet.
+    tokens = np.asarray(tokens)
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise UserError(f"tokens must be [B, T] with T at least 2, not {tuple(tokens.shape)}")
     largest = int(tokens.max())
@@ -66,7 +68,7 @@ def certify(
 def measure(
     source: tuple[Any, ModelConfig],
     grown: tuple[Any, ModelConfig],
-    tokens: jax.Array,
+    tokens: jax.Array | np.ndarray,
     *,
     dtype: DTypeLike = jnp.float32,
 ) -> Measurement:

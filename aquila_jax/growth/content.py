@@ -4,7 +4,9 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from aquila_jax import axes
 from aquila_jax.config import ModelConfig
@@ -69,7 +71,8 @@ def outputs_first(slice_: np.ndarray, parameter: axes.Parameter) -> np.ndarray:
 def content_hash(params: Mapping[str, Any], config: ModelConfig) -> str:
     """A digest of every leaf's path, shape, dtype and values, whatever the order of the dicts.
 
-    Growth from disk to disk takes the same one while it streams. Copies leaf by leaf to the host.
+    Growth from disk to disk takes the same one while it streams. Copies leaf by leaf to the host;
+    what several hosts hold together comes slice by slice, and all of them must call this.
 
     Args:
         params: nested parameters of `config`.
@@ -77,8 +80,13 @@ def content_hash(params: Mapping[str, Any], config: ModelConfig) -> str:
     """
     content, dtypes = Content(config), {}
     for path, leaf in axes.flatten(params).items():
-        parameter, values = axes.parameters(config)[path], np.asarray(leaf)
+        parameter = axes.parameters(config)[path]
+        is_spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        values = leaf if is_spread else np.asarray(leaf)
         dtypes[path] = values.dtype
         for index in np.ndindex(values.shape[: len(axes.stack_axes(parameter))]):
-            content.add(path, index, digest(outputs_first(values[index], parameter)))
+            part = values[index]
+            if is_spread:
+                part = multihost_utils.process_allgather(part, tiled=True)
+            content.add(path, index, digest(outputs_first(np.asarray(part), parameter)))
     return content.hexdigest(dtypes)

@@ -21,8 +21,15 @@ import orbax.checkpoint as ocp
 
 from aquila_jax.errors import UserError
 from aquila_jax.files import sync_directory
+from aquila_jax.hosts import current
 from aquila_jax.training.keeping import Keep, Saved
-from aquila_jax.training.manifest import Damaged, read_facts, verify, write_manifest
+from aquila_jax.training.manifest import (
+    Damaged,
+    make_durable,
+    read_facts,
+    verify,
+    write_manifest,
+)
 from aquila_jax.training.step import TrainState
 
 CHECKPOINT_DIR = "checkpoints"
@@ -52,6 +59,9 @@ class Checkpoints:
     Each holds `params`, `opt_state`, `guard` and `meta` (JSON: configuration, ledger, settings,
     the data's identity), so that a growth can read the parameters alone. A context manager:
     leaving it waits for the save under way.
+
+    Of several processes each writes, verifies and reads its share, so that all must make the same
+    calls; names are given and taken by the first one.
     """
 
     def __init__(
@@ -62,9 +72,9 @@ class Checkpoints:
         self._saving: threading.Thread | None = None
         self._error: BaseException | None = None
         self._failed_step = 0
+        self._hosts = current()
         if not read_only:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            self._remove_unfinished()
+            self._hosts.first("checkpoints", self._make_directory)
 
     @property
     def steps(self) -> list[int]:
@@ -87,9 +97,11 @@ class Checkpoints:
         Raises:
             Damaged: it is not.
         """
-        newest = self.latest_step
+        newest = self._hosts.first("newest", lambda: self.latest_step)
         if newest is not None:
-            verify(self.path(newest))
+            found = self._hosts.gather("verify", self._damage(newest))
+            if damage := next(filter(None, found), ""):
+                raise Damaged(damage)
         return newest
 
     def set_aside_damaged(self) -> None:
@@ -98,20 +110,32 @@ class Checkpoints:
             try:
                 self.verify_newest()
             except Damaged as damage:
-                newest = self.path(self.latest_step or 0)
-                number = 0
-                while (aside := newest.with_name(f"{_DAMAGED}{newest.name}-{number}")).exists():
-                    number += 1
-                newest.rename(aside)
-                before = self.latest_step
-                rest = "none is left" if before is None else f"going on from step {before}"
-                print(
-                    f"warning: checkpoint {newest} is damaged ({damage}); it is set aside as "
-                    f"{aside.name}, and {rest}",
-                    file=sys.stderr,
-                )
+                words = str(damage)
+                self._hosts.first("aside", lambda words=words: self._set_aside(words))
             else:
                 return
+
+    def _set_aside(self, damage: str) -> None:
+        newest = self.path(self.latest_step or 0)
+        number = 0
+        while (aside := newest.with_name(f"{_DAMAGED}{newest.name}-{number}")).exists():
+            number += 1
+        newest.rename(aside)
+        before = self.latest_step
+        rest = "none is left" if before is None else f"going on from step {before}"
+        print(
+            f"warning: checkpoint {newest} is damaged ({damage}); it is set aside as "
+            f"{aside.name}, and {rest}",
+            file=sys.stderr,
+        )
+
+    def _damage(self, step: int) -> str:
+        """What is wrong with this process's part of a checkpoint."""
+        try:
+            verify(self.path(step), (self._hosts.index, self._hosts.count))
+        except Damaged as damage:
+            return str(damage)
+        return ""
 
     def save(
         self,
@@ -135,7 +159,7 @@ class Checkpoints:
         """
         self.join()
         step = int(state.step)
-        if self.latest_step == step:
+        if self._hosts.first("is-there", lambda: self.latest_step == step):
             return
         items = {name: getattr(state, name) for name in _STATE_ITEMS}
         facts = Saved(step, validation_loss, is_stage_end)._asdict()
@@ -231,22 +255,27 @@ class Checkpoints:
         }
         arguments["meta"] = ocp.args.JsonSave({**meta, "leaves": leaves})
         partial = self._directory / f"{_SAVING}{step}"
+        checkpointer, failed = None, None
         try:
-            self._remove_unfinished()
+            self._hosts.first("clear", self._remove_unfinished)
             checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
             checkpointer.save(partial, args=ocp.args.Composite(**arguments))
         except Exception as error:
-            self._failed_step, self._error = step, error
-            return
+            failed = error
+
+        def finish() -> dict[str, Any]:
+            if checkpointer is not None:
+                checkpointer.close()
+            if failed is not None:
+                raise failed
+            return make_durable(partial, (self._hosts.index, self._hosts.count))
 
         def publish() -> None:
             try:
-                checkpointer.close()
-                write_manifest(partial, facts)
-                os.rename(partial, self.path(step))
-                sync_directory(self._directory)
-                self._drop()
-                if on_saved is not None:
+                parts = self._hosts.together("written", finish)
+                files = dict(sorted(item for part in parts for item in part.items()))
+                self._hosts.first("named", lambda: self._publish(step, facts, files))
+                if on_saved is not None and self._hosts.is_first:
                     with contextlib.suppress(OSError):  # the checkpoint itself is there
                         on_saved()
             except BaseException as error:
@@ -254,6 +283,14 @@ class Checkpoints:
 
         self._saving = threading.Thread(target=publish, name="aquila-save")
         self._saving.start()
+
+    def _publish(self, step: int, facts: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+        """Make of what is written a checkpoint, by its manifest and its name."""
+        partial = self._directory / f"{_SAVING}{step}"
+        write_manifest(partial, facts, files)
+        os.rename(partial, self.path(step))
+        sync_directory(self._directory)
+        self._drop()
 
     def join(self) -> None:
         """Wait for the save under way, if any, whatever becomes of it."""
@@ -273,6 +310,10 @@ class Checkpoints:
             dropping = self._directory / f"{_DROPPING}{step}"
             os.rename(self.path(step), dropping)
             shutil.rmtree(dropping, ignore_errors=True)
+
+    def _make_directory(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._remove_unfinished()
 
     def _remove_unfinished(self) -> None:
         for path in self._directory.iterdir():

@@ -26,7 +26,7 @@ def evaluate(run: TrainRun) -> dict[str, float]:
             print(unchecked, file=sys.stderr)
         params = checkpoints.restore_params(step, abstract_params(run.model, layout))
     batches = {
-        language: [place_batch(batch, layout) for batch in batches]
+        language: [place_batch(batch, layout, run.data.batch_size) for batch in batches]
         for language, batches in run.data.validation_batches(run.eval_batches).items()
     }
     return validation_losses(make_eval_step(model), params, batches)

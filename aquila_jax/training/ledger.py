@@ -30,6 +30,7 @@ class Stage:
         validation_start: loss in nats per token by language, and "mean", before the first step.
         validation_end: the same after the last step so far at which it was measured.
         skipped: steps whose update was not made (`aquila_jax.training.guard`).
+        spent: seconds of every kind (`aquila_jax.training.times`), restarts included.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Stage:
     validation_start: Mapping[str, float] | None = None
     validation_end: Mapping[str, float] | None = None
     skipped: int = 0
+    spent: Mapping[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with parameter counts for readers."""

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import platform
 import sys
 import time
@@ -18,22 +17,36 @@ from aquila_jax import accounting, axes
 from aquila_jax.errors import UserError
 from aquila_jax.evaluation.perplexity import make_eval_step, validation_losses
 from aquila_jax.files import write_json, write_text
+from aquila_jax.hosts import current
 from aquila_jax.nn.moe.health import expert_similarity
 from aquila_jax.training import settings
+from aquila_jax.training.agreement import (
+    check_alike,
+    code_digest,
+    share_directory,
+    stop_vote,
+    versions,
+)
 from aquila_jax.training.checkpoints import Checkpoints
 from aquila_jax.training.guard import REASONS, all_finite
 from aquila_jax.training.ledger import Ledger
 from aquila_jax.training.lock import lock
-from aquila_jax.training.metrics import SKIPPED_FILE, MetricsWriter, Progress, SkippedBatches
+from aquila_jax.training.metrics import (
+    SKIPPED_FILE,
+    MetricsWriter,
+    Progress,
+    SkippedBatches,
+    Unwritten,
+)
+from aquila_jax.training.profiling import Profiler, is_out_of_memory, out_of_memory
+from aquila_jax.training.replicas import check_replicas
 from aquila_jax.training.run import Compiled, TrainRun, build, place_batch, with_saved_step
 from aquila_jax.training.signals import stop_on_signal
 from aquila_jax.training.start import Start, begin, read_ledger
+from aquila_jax.training.times import Times
 
 # Numbers that a metric by layer may have in a row.
 _MOST_BY_LAYER = 1024
-
-# Whose versions a result depends on.
-_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class Interrupted(Exception):  # noqa: N818 - it was asked for: not an error
@@ -42,6 +55,9 @@ class Interrupted(Exception):  # noqa: N818 - it was asked for: not an error
     Attributes:
         signum: the signal that asked.
     """
+
+    # All processes of a run stop after the same step.
+    is_agreed = True
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -62,32 +78,30 @@ def train(run: TrainRun, *, operative_config: str = "") -> Ledger:
         UserError: settings, data or directories do not fit; nothing on disk is lost.
         Interrupted: SIGINT or SIGTERM came; the last step is saved.
     """
+    began = time.monotonic()
     steps = run.resolve_steps()
-    _make_directory(run.path)
-    with (
-        _named_disk_errors(run.path),
-        lock(run.path),
-        Checkpoints(run.path, run.keep) as checkpoints,
-    ):
+    with _held(run), Checkpoints(run.path, run.keep) as checkpoints:
         checkpoints.set_aside_damaged()
         ledger = read_ledger(checkpoints)
         if ledger is not None and _is_finished(run, ledger, steps):
-            # A crash between the last checkpoint and its ledger file leaves the file behind.
-            ledger.write(run.path)
-            print(f"{run.name}: {run.model_dir} has made all {steps} steps", file=sys.stderr)
+            if current().is_first:
+                # A crash between the last checkpoint and its ledger file leaves the file behind.
+                ledger.write(run.path)
+                print(f"{run.name}: {run.model_dir} has made all {steps} steps", file=sys.stderr)
             return ledger
         compiled = with_saved_step(run, build(run, steps))
-        run.data.prepare()
-        with _named_disk_errors(run.path):
+        _prepare(run)
+        with _named_disk_errors(run.path), _named_lack_of_memory(run.path):
             start = begin(run, compiled, checkpoints, steps)
             _describe(run, compiled, operative_config)
             with stop_on_signal(run.name) as asked:
                 session = _Session(run, compiled, checkpoints, steps, start)
+                session.times.add("start", time.monotonic() - began)
                 with contextlib.closing(session):
                     ledger = session.run_to_end(asked)
-    if asked:
+    if session.stopped_by:
         raise Interrupted(
-            asked[0],
+            session.stopped_by,
             f"{run.name}: stopped and saved at step {ledger.current.steps} of {steps}; run the "
             "same command again to go on",
         )
@@ -105,26 +119,22 @@ def grow(run: TrainRun, *, operative_config: str = "") -> Ledger:
     if run.growth is None:
         raise UserError("growth is None: set TrainRun.growth to @ScaleUp() or @ScaleOut()")
     steps = run.resolve_steps()
-    _make_directory(run.path)
-    with (
-        _named_disk_errors(run.path),
-        lock(run.path),
-        Checkpoints(run.path, run.keep) as checkpoints,
-    ):
+    with _held(run), Checkpoints(run.path, run.keep) as checkpoints:
         if checkpoints.latest_step is not None:
             raise UserError(
                 f"{run.model_dir} already holds step {checkpoints.latest_step}: growth happens "
                 "once; choose another MODEL_DIR"
             )
         compiled = build(run, steps)
-        run.data.prepare()
-        with _named_disk_errors(run.path):
+        _prepare(run)
+        with _named_disk_errors(run.path), _named_lack_of_memory(run.path):
             start = begin(run, compiled, checkpoints, steps)
             _describe(run, compiled, operative_config)
             checkpoints.save(start.state, _meta(run, start.ledger))
             checkpoints.wait()
-            start.ledger.write(run.path)
-    print(f"{run.name}: {start.reason}, saved in {run.model_dir}", file=sys.stderr)
+            if current().is_first:
+                start.ledger.write(run.path)
+                print(f"{run.name}: {start.reason}, saved in {run.model_dir}", file=sys.stderr)
     return start.ledger
 
 
@@ -144,15 +154,25 @@ class _Session:
         self.is_new = start.is_new
         # A run that was killed before its first checkpoint leaves rows of step 0 behind.
         last = -1 if start.is_new else int(start.state.step)
-        self.metrics = MetricsWriter(run.path, last)
-        self.skips = SkippedBatches(run.path, last, run.data.identity()["order"])
+        self.hosts = current()
+        self.metrics, self.skips = Unwritten(), Unwritten()
+        if self.hosts.is_first:
+            self.metrics = MetricsWriter(run.path, last)
+            self.skips = SkippedBatches(run.path, last, run.data.identity()["order"])
+        self.times = Times(start.ledger.current.spent)
+        self._count_lost()
+        self.profiler = Profiler(run.path, run.profile_steps)
+        # The signal that all processes have stopped by.
+        self.stopped_by = 0
         # Metrics of steps whose verdicts were not looked at yet, on the devices.
         self.unread: list[tuple[int, dict[str, Any]]] = []
         # The step of the last validation, and its loss.
         self.validated = (-1, 0.0)
         # The newest checkpoint when saving began to fail; None while it does not.
         self.kept_at_failure: int | None = None
-        self.progress = Progress(run.name, steps, int(start.state.step))
+        self.progress = Progress(
+            run.name, steps, int(start.state.step), is_shown=self.hosts.is_first
+        )
         for line in start.reason.splitlines():
             self.progress.say(line)
         self.eval_step = make_eval_step(compiled.model)
@@ -164,44 +184,73 @@ class _Session:
         # Seconds already in the ledger are taken off, so that a resumed run counts on.
         self.clock_start = time.monotonic() - start.ledger.current.seconds
 
+    def _count_lost(self) -> None:
+        """The time of steps that were made and not saved, as far as their rows tell."""
+        dropped = self.metrics.dropped
+        if dropped and not self.is_new:
+            before = self.times.seconds()["lost"]
+            self.times.add("lost", dropped["seconds"] - self.ledger.totals["seconds"])
+            self.times.add("lost", dropped.get("seconds_lost", before) - before)
+
     def run_to_end(self, asked: Sequence[int]) -> Ledger:
         """Every step that is left, or, once `asked` holds a signal, the one under way; saves."""
         self.validation = {
-            language: [place_batch(batch, self.compiled.layout) for batch in batches]
+            language: [self._place(batch) for batch in batches]
             for language, batches in self.run.data.validation_batches(self.run.eval_batches).items()
         }
         if self.ledger.current.validation_start is None and not self.ledger.current.steps:
             self._validate()
         if self.is_new:
             self._save(is_awaited=True)
-        if asked:
+        self.stopped_by = max(self.hosts.gather("asked", asked[0] if asked else 0))
+        if self.stopped_by:
             return self.ledger
         first = int(self.state.step)
-        batches = self.run.data.train_batches(start=first)
+        batches = self._batches(first)
+        vote = stop_vote(self.hosts, self.compiled.layout, asked)
         self.logged = (time.monotonic(), self.ledger.current.tokens)
-        for step, batch in zip(range(first + 1, self.steps + 1), batches, strict=False):
-            self._train_one(step, batch)
+        for step in range(first + 1, self.steps + 1):
+            with self.times.of("data"):
+                batch = self._place(next(batches))
+            self.profiler.before(step, self.state.step)
+            with self.times.of("compile" if step == first + 1 else "step"):
+                self._train_one(step, batch)
+                if step == first + 1:
+                    jax.block_until_ready(self.state.step)
+            if words := self.profiler.after(step, self.state.step):
+                self.progress.say(words)
             if step % self.run.eval_every == 0 or step == self.steps:
                 self._validate()
-            stop = bool(asked)  # read once: where the loop ends has been saved
-            if step % self.run.checkpoint_every == 0 or step == self.steps or stop:
-                self._save(is_awaited=stop or step == self.steps)
-            if stop:
+            with self.times.of("step"):
+                self.stopped_by = vote()  # read once: where the loop ends has been saved
+            every = self.run.check_replicas_every
+            if every and step % every == 0:
+                check_replicas(self.hosts, self.state.params, step)
+            is_last = step == self.steps or bool(self.stopped_by)
+            if step % self.run.checkpoint_every == 0 or is_last:
+                self._save(is_awaited=is_last)
+            if self.stopped_by:
                 return self.ledger
         loss = (self.ledger.current.validation_end or {})["mean"]
         self.progress.say(f"finished: validation loss {loss:.4f}, kept in {self.run.model_dir}")
+        self.progress.say(str(self.times))
         return self.ledger
 
-    def _train_one(self, step: int, batch: dict[str, np.ndarray]) -> None:
-        on_devices = place_batch(batch, self.compiled.layout)
-        self.state, metrics = self.compiled.train_step(self.state, on_devices)
+    def _batches(self, first: int) -> Iterator[dict[str, np.ndarray]]:
+        """Batches from number `first` on; of several processes, each reads its own rows."""
+        if self.hosts.count == 1:
+            return self.run.data.train_batches(start=first)
+        rows = self.compiled.layout.own_rows(self.run.data.batch_size)
+        return self.run.data.train_batches(start=first, rows=rows)
+
+    def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        return place_batch(batch, self.compiled.layout, self.run.data.batch_size)
+
+    def _train_one(self, step: int, batch: dict[str, jax.Array]) -> None:
+        self.state, metrics = self.compiled.train_step(self.state, batch)
         self.unread.append((step, metrics))
-        stage, tokens = self.ledger.current, int(np.count_nonzero(batch["loss_weights"]))
-        self.ledger = self.ledger.update(
-            steps=step,
-            tokens=stage.tokens + tokens,
-            flops=stage.flops + self.run.flops_per_step,
-        )
+        flops = self.ledger.current.flops + self.run.flops_per_step
+        self.ledger = self.ledger.update(steps=step, flops=flops)
         if step % self.run.log_every and step not in (1, self.steps):
             self.progress.update(step, None, 0.0)
             return
@@ -211,6 +260,8 @@ class _Session:
         now, total = time.monotonic(), self.ledger.current.tokens
         values["tokens_per_second"] = (total - self.logged[1]) / (now - self.logged[0])
         self.logged = (now, total)
+        values["goodput"] = self.times.goodput
+        values |= {f"seconds_{kind}": spent for kind, spent in self.times.seconds().items()}
         # The update just made was of this number in the schedule.
         number = step - 1 - int(values["skipped_updates"])
         values["learning_rate"] = float(np.asarray(self.schedule(max(number, 0))))
@@ -229,6 +280,8 @@ class _Session:
             values = {name: _plain(value) for name, value in metrics.items()}
             reason = REASONS.get(int(values.pop("verdict")), "")
             in_a_row = int(values.pop("skipped_in_a_row"))
+            tokens = self.ledger.current.tokens + int(values.pop("tokens"))
+            self.ledger = self.ledger.update(tokens=tokens)
             if not reason:
                 continue
             self.ledger = self.ledger.update(skipped=int(values["skipped_updates"]))
@@ -265,19 +318,23 @@ class _Session:
 
     def _read_clock(self) -> None:
         """Brings the ledger's seconds up to date; call it when the devices have been waited for."""
-        self.ledger = self.ledger.update(seconds=time.monotonic() - self.clock_start)
+        self.ledger = self.ledger.update(
+            seconds=time.monotonic() - self.clock_start, spent=self.times.seconds()
+        )
 
     @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
+    def _aside(self, kind: str) -> Iterator[None]:
         """What happens inside is not training: tokens per second leave its time out."""
-        jax.block_until_ready(self.state.step)
+        with self.times.of("step"):
+            jax.block_until_ready(self.state.step)
         began = time.monotonic()
-        yield
+        with self.times.of(kind):
+            yield
         since, tokens = self.logged
         self.logged = (since + time.monotonic() - began, tokens)
 
     def _validate(self) -> None:
-        with self._aside():
+        with self._aside("validation"):
             losses = validation_losses(self.eval_step, self.state.params, self.validation)
         which = "validation_start" if self.ledger.current.steps == 0 else "validation_end"
         self.ledger = self.ledger.update(**{which: losses})
@@ -300,7 +357,7 @@ class _Session:
         Raises:
             UserError: the state is not finite; or, of an awaited save, the disk refused.
         """
-        with self._aside():
+        with self._aside("checkpoint"):
             self._read_metrics()
             if not all_finite((self.state.params, self.state.opt_state)):
                 raise UserError(
@@ -321,11 +378,13 @@ class _Session:
             )
             if is_awaited:
                 self.checkpoints.wait()
-                ledger.write(self.run.path)
+                if self.hosts.is_first:
+                    ledger.write(self.run.path)
             self._tell_failed_save()
 
     def close(self) -> None:
         """Close files and the bar."""
+        self.profiler.close()
         self.progress.close()
         self.metrics.close()
         self.skips.close()
@@ -362,16 +421,45 @@ def _meta(run: TrainRun, ledger: Ledger) -> dict[str, Any]:
     }
 
 
-def _make_directory(path: Path) -> None:
-    """Create MODEL_DIR and prove that it can be written.
+@contextlib.contextmanager
+def _held(run: TrainRun) -> Iterator[None]:
+    """MODEL_DIR exists and is this run's, on all hosts, which all run the same.
 
     Raises:
-        UserError: it cannot.
+        UserError: it cannot be written, another run holds it, or hosts differ.
     """
-    with _named_disk_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
-        write_text(path / ".writable", "")
-        (path / ".writable").unlink()
+    hosts = current()
+    facts = {"code": code_digest(), **versions(), **settings.flatten(run)}
+    check_alike(hosts, "settings", facts)
+    with _named_disk_errors(run.path), contextlib.ExitStack() as stack:
+        share_directory(hosts, run.path)
+        hosts.first("lock", lambda: stack.enter_context(lock(run.path)))
+        yield
+
+
+def _prepare(run: TrainRun) -> None:
+    """The data, first where the first process makes what is made once.
+
+    Raises:
+        UserError: something is missing, or hosts would read other data.
+    """
+    hosts = current()
+    hosts.first("data", run.data.prepare)
+    if not hosts.is_first:
+        run.data.prepare()
+    identity = {f"data ({kind})": digest for kind, digest in run.data.identity().items()}
+    check_alike(hosts, "data", identity)
+
+
+@contextlib.contextmanager
+def _named_lack_of_memory(path: Path) -> Iterator[None]:
+    """Devices without room become a `UserError`, beside a profile of what they held."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(error, path, current().index) from error
 
 
 @contextlib.contextmanager
@@ -388,6 +476,8 @@ def _named_disk_errors(path: Path) -> Iterator[None]:
 
 def _describe(run: TrainRun, compiled: Compiled, operative_config: str) -> None:
     """The files in MODEL_DIR that say what runs: config.gin, model-info.txt, environment.json."""
+    if not current().is_first:
+        return
     if operative_config:
         write_text(run.path / "config.gin", operative_config)
     shardings = axes.flatten(compiled.layout.params(run.model))
@@ -402,9 +492,10 @@ def _describe(run: TrainRun, compiled: Compiled, operative_config: str) -> None:
     lines.append(f"total {total:,} parameters, {active:,} active")
     write_text(run.path / "model-info.txt", "\n".join(lines) + "\n")
     environment = {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        **versions(),
+        "code": code_digest(),
         "machine": f"{platform.system()} {platform.machine()}",
+        "processes": current().count,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "mesh": dict(compiled.layout.mesh.shape),
         "mesh_asked": dataclasses.asdict(run.mesh),

@@ -23,17 +23,34 @@ class Damaged(Exception):  # noqa: N818 - a finding about a directory
     """A directory is not what its manifest says; the message says in what."""
 
 
-def write_manifest(directory: Path, facts: Mapping[str, Any]) -> None:
-    """Make every file of `directory` durable, then say in a manifest what they are.
+# Which part of all files, of how many equal ones.
+Part = tuple[int, int]
+_ALL: Part = (0, 1)
 
-    Args:
-        directory: a tree of plain files, complete.
-        facts: kept in the manifest, as JSON.
+
+def make_durable(directory: Path, part: Part = _ALL) -> dict[str, dict[str, Any]]:
+    """Make a part of the files of `directory` durable; what they are, by their names.
 
     Raises:
         OSError: the file system refuses.
     """
-    content = {"facts": dict(facts), "files": _describe(directory, is_durable=True)}
+    return _describe(directory, part, is_durable=True)
+
+
+def write_manifest(
+    directory: Path, facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Say in a manifest what the files of `directory` are.
+
+    Args:
+        directory: a tree of plain files, complete.
+        facts: kept in the manifest, as JSON.
+        files: what `make_durable` gave for all of them.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    content = {"facts": dict(facts), "files": dict(files)}
     write_json(directory / MANIFEST_FILE, {**content, "manifest": _digest_of(content)})
 
 
@@ -46,28 +63,28 @@ def read_facts(directory: Path) -> dict[str, Any]:
     return _read(directory)["facts"]
 
 
-def verify(directory: Path) -> dict[str, Any]:
+def verify(directory: Path, part: Part = _ALL) -> dict[str, Any]:
     """Every file of `directory` is what the manifest says, and there is no other; its facts.
 
-    Reads the directory whole.
+    Reads the directory whole, or a part of its files.
 
     Raises:
         Damaged: a file is missing, has another size or content, or is one too many.
     """
     content = _read(directory)
     try:
-        found = _describe(directory)
+        found, names = _describe(directory, part), _names(directory)
     except OSError as error:
         raise Damaged(f"a file cannot be read: {error}") from error
     wanted = content["files"]
-    for words, names in (
-        ("is missing", sorted(wanted.keys() - found.keys())),
-        ("is not of the checkpoint", sorted(found.keys() - wanted.keys())),
-        ("is damaged", [name for name in sorted(wanted) if wanted[name] != found.get(name)]),
+    for words, faulty in (
+        ("is missing", sorted(wanted.keys() - set(names))),
+        ("is not of the checkpoint", sorted(set(names) - wanted.keys())),
+        ("is damaged", [name for name in sorted(found) if found[name] != wanted.get(name)]),
     ):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise Damaged(f"{names[0]} {words}{more}")
+        if faulty:
+            more = f" (and {len(faulty) - 1} more)" if len(faulty) > 1 else ""
+            raise Damaged(f"{faulty[0]} {words}{more}")
     return content["facts"]
 
 
@@ -88,10 +105,21 @@ def _digest_of(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _describe(directory: Path, *, is_durable: bool = False) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file but the manifest; a link is described as one."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_symlink() or path.is_file())
-    paths = [path for path in paths if path != directory / MANIFEST_FILE]
+def _names(directory: Path) -> list[str]:
+    """Every file but the manifest, in order."""
+    paths = (path for path in directory.rglob("*") if path.is_symlink() or path.is_file())
+    return sorted(
+        path.relative_to(directory).as_posix()
+        for path in paths
+        if path != directory / MANIFEST_FILE
+    )
+
+
+def _describe(
+    directory: Path, part: Part = _ALL, *, is_durable: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of a part of the files; a link is described as one."""
+    names = _names(directory)[part[0] :: part[1]]
 
     def describe(path: Path) -> dict[str, Any]:
         if path.is_symlink():
@@ -103,6 +131,5 @@ def _describe(directory: Path, *, is_durable: bool = False) -> dict[str, dict[st
             return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        described = pool.map(describe, paths)
-        names = [path.relative_to(directory).as_posix() for path in paths]
+        described = pool.map(describe, (directory / name for name in names))
         return dict(zip(names, described, strict=True))

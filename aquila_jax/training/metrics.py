@@ -21,8 +21,9 @@ class Rows:
 
     def __init__(self, path: Path, step: int) -> None:
         """Drop the rows beyond `step`, which belong to updates that were lost."""
+        self.dropped: dict[str, Any] = {}
         if path.exists():
-            write_text(path, "".join(_rows_up_to(path, step)))
+            write_text(path, "".join(self._rows_up_to(path, step)))
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""
 
@@ -42,10 +43,37 @@ class Rows:
         self._write_on()
         self._file.close()
 
+    def _rows_up_to(self, path: Path, step: int) -> Iterator[str]:
+        """The whole lines whose step is not beyond `step`; the last of the others is noted."""
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the line a crash cut short
+            if row["step"] <= step:
+                yield line
+            else:
+                self.dropped = row
+
     def _write_on(self) -> None:
         with contextlib.suppress(OSError):
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+
+class Unwritten:
+    """In the place of the files below, for processes that leave writing to the first one."""
+
+    dropped: Mapping[str, Any] = {}
+
+    def write(self, *_row: Any) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class SkippedBatches:
@@ -78,6 +106,8 @@ class MetricsWriter:
         from tensorboardX import SummaryWriter  # 0.3 s that only runs need
 
         self._rows = Rows(model_dir / METRICS_FILE, step)
+        # Of the updates that were lost, as the lineage counted its time then.
+        self.dropped = self._rows.dropped
         self._tensorboard = SummaryWriter(str(model_dir / "tensorboard"), purge_step=step + 1)
 
     def write(self, split: str, ledger: Ledger, values: Mapping[str, Any]) -> None:
@@ -111,24 +141,16 @@ def _curves(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield from ((f"{name}/{place}", part) for place, part in enumerate(value))
 
 
-def _rows_up_to(path: Path, step: int) -> Iterator[str]:
-    """The whole lines of a metrics file whose step is not beyond `step`."""
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line a crash cut short
-        if row["step"] <= step:
-            yield line
-
-
 class Progress:
     """A bar with loss, tokens per second and time left; plain lines where no one watches."""
 
-    def __init__(self, name: str, steps: int, done: int, line_every: int = 50) -> None:
+    def __init__(
+        self, name: str, steps: int, done: int, line_every: int = 50, *, is_shown: bool = True
+    ) -> None:
+        self._is_shown = is_shown
         self._name, self._steps, self._line_every = name, steps, line_every
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if is_shown and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -156,6 +178,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line beside the bar."""
+        if not self._is_shown:
+            return
         line = f"{self._name}: {text}"
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from aquila_jax import axes
 from aquila_jax.config import ModelConfig
@@ -112,7 +113,11 @@ def _vocabulary(path: Path) -> str | None:
 
 
 def _spread(params: Any, abstract: Any) -> Any:
-    return jax.tree.map(jax.device_put, params, _shardings(abstract))
+    def put(leaf: Any, sharding: Any) -> jax.Array:
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(put, params, _shardings(abstract))
 
 
 def _load_directory(path: Path, abstract: Any) -> Any:

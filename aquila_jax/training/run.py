@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from aquila_jax import accounting, axes
+from aquila_jax import accounting, axes, hosts
 from aquila_jax.config import ModelConfig
 from aquila_jax.errors import UserError
 from aquila_jax.growth import ScaleOut, ScaleUp
@@ -26,6 +26,7 @@ from aquila_jax.training.keeping import Keep
 from aquila_jax.training.ledger import Ledger, steps_for_flops
 from aquila_jax.training.optimizer import AdamW
 from aquila_jax.training.parent import is_there, open_parent, refuse_moments
+from aquila_jax.training.profiling import check_profile_steps
 from aquila_jax.training.saved_step import load_step
 from aquila_jax.training.settings import is_covered
 from aquila_jax.training.step import (
@@ -38,6 +39,7 @@ from aquila_jax.training.step import (
 
 # Activations in float16 would need a scaled loss.
 _DTYPES = ("bfloat16", "float32")
+_NOT_NEGATIVE = ("keep_every", "keep_best", "check_replicas_every")
 _AT_LEAST_ONE = (
     "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "log_every",
     "micro_batches",
@@ -72,8 +74,13 @@ class Data(Protocol):
         """Digests of `vocabulary`, what ids mean, and of `order`, which batch comes when."""
         ...
 
-    def train_batches(self, start: int = 0) -> Iterator[NumpyBatch]:
-        """Endless batches, the same for the same seed, beginning with number `start`."""
+    def train_batches(
+        self, start: int = 0, *, rows: Sequence[int] | None = None
+    ) -> Iterator[NumpyBatch]:
+        """Endless batches, the same for the same seed, beginning with number `start`.
+
+        Of each the given `rows`, in their order; all of them by default.
+        """
         ...
 
     def validation_batches(self, num_batches: int) -> Mapping[str, list[NumpyBatch]]:
@@ -131,6 +138,10 @@ class TrainRun:
         log_every: steps between rows of training metrics.
         compiled_step: a file that `aquila plan --save` made: the train step, compiled for these
             devices; "" compiles it here.
+        profile_steps: the first and the last step of a trace for xprof, in MODEL_DIR/profile;
+            () for none.
+        check_replicas_every: steps between comparisons of all copies of the parameters, bit for
+            bit; 0 for none.
     """
 
     model_dir: str
@@ -164,6 +175,8 @@ class TrainRun:
     allow_changes: tuple[str, ...] = ()
     log_every: int = 10
     compiled_step: str = ""
+    profile_steps: tuple[int, ...] = ()
+    check_replicas_every: int = 0
 
     def __post_init__(self) -> None:
         if not self.model_dir:
@@ -179,7 +192,7 @@ class TrainRun:
             raise UserError(f"no remat {self.remat!r}; there are {', '.join(REMAT_POLICIES)}")
         if self.dtype not in _DTYPES:
             raise UserError(f"no dtype {self.dtype!r}; there are {', '.join(_DTYPES)}")
-        for names, least in ((_AT_LEAST_ONE, 1), (("keep_every", "keep_best"), 0)):
+        for names, least in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0)):
             for name in names:
                 value = getattr(self, name)
                 if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -187,6 +200,7 @@ class TrainRun:
                         f"{name} must be a whole number, at least {least}, not {value!r}"
                     )
         check_policy(self.optimizer_state)
+        check_profile_steps(self.profile_steps)
         self._check_data()
         if self.growth is not None and not self.init_from:
             raise UserError(f"{self.growth} grows nothing: set init_from to the parent's MODEL_DIR")
@@ -386,10 +400,10 @@ def model_on_mesh(
     Raises:
         UserError: mesh, sharding rules or batch do not fit the devices.
     """
-    if jax.process_count() > 1:
+    if jax.process_count() != hosts.current().count:
         raise UserError(
-            f"this is one of {jax.process_count()} processes, and a run over several hosts is not "
-            "supported yet: run on one host"
+            f"this is one of {jax.process_count()} processes that do not know each other: join "
+            "them by `with aquila_jax.hosts.joined():` around the run, and not by JAX alone"
         )
     layout = Layout.of(run.mesh.build(devices), run.sharding_rules)
     if run.data.batch_size % (layout.batch_shards * run.micro_batches):
@@ -440,10 +454,23 @@ def abstract_batch(run: TrainRun, layout: Layout) -> dict[str, jax.ShapeDtypeStr
     }
 
 
-def place_batch(batch: Mapping[str, np.ndarray], layout: Layout) -> dict[str, jax.Array]:
-    """A batch on the devices, its rows in shards."""
+def place_batch(
+    batch: Mapping[str, np.ndarray], layout: Layout, batch_size: int
+) -> dict[str, jax.Array]:
+    """A batch on the devices, its rows in shards.
+
+    Args:
+        batch: arrays `[rows, T]`: all rows, or those of `Layout.own_rows` alone.
+        layout: where they go.
+        batch_size: B, rows of the whole batch.
+    """
     sharding = layout.batch()
-    return {name: jax.device_put(array, sharding) for name, array in batch.items()}
+    return {
+        name: jax.make_array_from_process_local_data(
+            sharding, array, (batch_size, *array.shape[1:])
+        )
+        for name, array in batch.items()
+    }
 
 
 def check(run: TrainRun) -> list[str]:

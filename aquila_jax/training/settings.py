@@ -7,9 +7,16 @@ from typing import Any
 
 from aquila_jax.errors import UserError
 
-# Where a run lies and how it was told to go on is no part of what it computes; steps are compared
-# as the number that they come to.
-_LEFT_OUT = ("model_dir", "allow_changes", "steps", "match_flops_of", "compiled_step")
+# Where a run lies, how it was told to go on and what is traced is no part of what it computes;
+# steps are compared as the number that they come to.
+_LEFT_OUT = (
+    "model_dir",
+    "allow_changes",
+    "steps",
+    "match_flops_of",
+    "compiled_step",
+    "profile_steps",
+)
 
 
 def flatten(settings: Any) -> dict[str, Any]:

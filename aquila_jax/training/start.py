@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from aquila_jax import axes
+from aquila_jax import axes, hosts
 from aquila_jax.config import ModelConfig
 from aquila_jax.errors import UserError
 from aquila_jax.evaluation import certify
@@ -154,7 +154,8 @@ def _from_parent(run: TrainRun, compiled: Compiled, steps: int) -> Start:
         )
         before, after = (params, source), GrowthResult(grown, run.model, certificate)
         certificate = certify(before, after, _probe(run.data), dtype=jnp.dtype(run.dtype))
-        write_json(run.path / CERTIFICATE_FILE, certificate.to_dict())
+        if hosts.current().is_first:
+            write_json(run.path / CERTIFICATE_FILE, certificate.to_dict())
         params = grown
         if adam is not None:
             adam = _grow_adam(run, compiled, plan, certificate, adam)
@@ -228,7 +229,7 @@ def _shardings(abstract: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def _probe(data: Data) -> jax.Array:
+def _probe(data: Data) -> np.ndarray:
     """A row of held-out text of every language, int32 `[languages, T]`."""
     batches = data.validation_batches(1).values()
-    return jnp.asarray(np.stack([batch["targets"][0] for (batch,) in batches]))
+    return np.stack([batch["targets"][0] for (batch,) in batches])

@@ -151,8 +151,8 @@ def make_train_step(
     is that of the whole batch however its tokens fall into parts; a router's auxiliary losses are
     taken over each part's tokens by themselves.
 
-    Its metrics are those of the loss, `grad_norm`, the guard's `verdict` (int32), and its counts
-    `skipped_updates` and `skipped_in_a_row`.
+    Its metrics are those of the loss, `grad_norm`, `tokens` that count (int32), the guard's
+    `verdict` (int32), and its counts `skipped_updates` and `skipped_in_a_row`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -175,6 +175,7 @@ def make_train_step(
             )
         updated = moved, opt_state
         params, opt_state = choose(verdict == ACCEPTED, updated, (state.params, state.opt_state))
+        metrics["tokens"] = jnp.count_nonzero(batch["loss_weights"])
         metrics["verdict"] = verdict
         metrics["skipped_updates"] = guarded.skipped
         metrics["skipped_in_a_row"] = guarded.in_a_row

@@ -47,7 +47,8 @@ def main() -> None:
             tolls.append(run_killed(directory, KILLS_PER_STAGE, random.Random(seed)))
             found += [f"round {seed}: {line}" for line in differences(directory, undisturbed)]
             print(f"round {seed}: {tolls[-1].killed}, {found or 'no difference'}", flush=True)
-    RESULT.write_text(_report(tolls, found, alone, time.monotonic() - began))
+            # After every round, so that a soak that is stopped has told of those it made.
+            RESULT.write_text(_report(tolls, found, alone, time.monotonic() - began))
     sys.exit(bool(found))
 
 

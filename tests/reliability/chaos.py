@@ -27,7 +27,7 @@ _XLA_FLAGS = (
     "--xla_llvm_disable_expensive_passes=true"
 )
 # Seconds in which any worker has reached whatever is waited for, or something is wrong.
-_PATIENCE = 120.0
+_PATIENCE = 600.0
 _LOOK_SECONDS = 0.001
 # A start takes about this long here; kills meant for it fall anywhere in that time.
 _START_SECONDS = 3.0
@@ -230,6 +230,7 @@ def differences(directory: Path, other: Path) -> list[str]:
         for ledger in ledgers:
             for part in ledger["stages"]:
                 part.pop("seconds")
+                part.pop("spent")
         if ledgers[0] != ledgers[1]:
             found.append(f"{stage}: ledgers")
         left, right = SavedLeaves(ours), SavedLeaves(theirs)

@@ -1,7 +1,7 @@
 """A run small enough for seconds: a two-"language" stream of arithmetic sequences."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,14 @@ class Counting:
     def identity(self) -> dict[str, str]:
         return {"vocabulary": str(self.vocab_size), "order": str(self.seed)}
 
-    def train_batches(self, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    def train_batches(
+        self, start: int = 0, *, rows: Sequence[int] | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
         number = start
         while True:
-            yield self._batch(np.random.default_rng((self.seed, number)), 1)
+            batch = self._batch(np.random.default_rng((self.seed, number)), 1)
+            taken = slice(None) if rows is None else list(rows)
+            yield {name: array[taken] for name, array in batch.items()}
             number += 1
 
     def validation_batches(self, num_batches: int) -> dict[str, list[dict[str, np.ndarray]]]:

@@ -69,8 +69,8 @@ def test_a_disk_that_is_full_for_a_while_is_said_once_and_training_goes_on(small
     class FullForAWhile(Counting):
         """Fills the disk when batch 4 is fetched, and makes room again before batch 10."""
 
-        def train_batches(self, start=0):
-            for number, batch in enumerate(super().train_batches(start), start):
+        def train_batches(self, start=0, *, rows=None):
+            for number, batch in enumerate(super().train_batches(start, rows=rows), start):
                 if number == 4:
                     _fill(filler)
                 if number == 10:

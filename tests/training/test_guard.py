@@ -25,8 +25,8 @@ class Hurt(Counting):
 
     numbers = (3,)
 
-    def train_batches(self, start=0):
-        for number, batch in enumerate(super().train_batches(start), start):
+    def train_batches(self, start=0, *, rows=None):
+        for number, batch in enumerate(super().train_batches(start, rows=rows), start):
             if number in self.numbers:
                 batch["loss_weights"][0, 0] = np.nan
             yield batch

@@ -2,7 +2,14 @@ import os
 
 import pytest
 
-from aquila_jax.training.manifest import MANIFEST_FILE, Damaged, read_facts, verify, write_manifest
+from aquila_jax.training.manifest import (
+    MANIFEST_FILE,
+    Damaged,
+    make_durable,
+    read_facts,
+    verify,
+    write_manifest,
+)
 
 
 @pytest.fixture
@@ -11,7 +18,7 @@ def directory(tmp_path):
     (tmp_path / "deep" / "er" / "data").write_bytes(bytes(range(256)) * 40)
     (tmp_path / "deep" / "empty").write_bytes(b"")
     (tmp_path / "text").write_text("words")
-    write_manifest(tmp_path, {"step": 3})
+    write_manifest(tmp_path, {"step": 3}, make_durable(tmp_path))
     return tmp_path
 
 
@@ -66,7 +73,7 @@ def test_a_manifest_that_names_files_elsewhere_opens_none(directory, tmp_path_fa
         if path.is_file():
             path.unlink()
     (directory / "text").write_text("secret")
-    write_manifest(directory, {})
+    write_manifest(directory, {}, make_durable(directory))
     text = (directory / MANIFEST_FILE).read_text()
     (directory / MANIFEST_FILE).write_text(text.replace('"text"', f'"{secret}"'))
     with pytest.raises(Damaged):
