@@ -1,9 +1,7 @@
 """The training loop: begin, step, measure, save, and stop cleanly when asked."""
 
 import contextlib
-import dataclasses
 import functools
-import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,10 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from aquila_jax import accounting, axes
 from aquila_jax.errors import UserError
 from aquila_jax.evaluation.perplexity import make_eval_step, validation_losses
-from aquila_jax.files import write_json, write_text
 from aquila_jax.hosts import current
 from aquila_jax.nn.moe.health import expert_similarity
 from aquila_jax.training import settings
@@ -28,6 +24,7 @@ from aquila_jax.training.agreement import (
     versions,
 )
 from aquila_jax.training.checkpoints import Checkpoints
+from aquila_jax.training.describe import describe
 from aquila_jax.training.guard import REASONS, all_finite
 from aquila_jax.training.ledger import Ledger
 from aquila_jax.training.lock import lock
@@ -93,7 +90,7 @@ def train(run: TrainRun, *, operative_config: str = "") -> Ledger:
         _prepare(run)
         with _named_disk_errors(run.path), _named_lack_of_memory(run.path):
             start = begin(run, compiled, checkpoints, steps)
-            _describe(run, compiled, operative_config)
+            describe(run, compiled, operative_config)
             with stop_on_signal(run.name) as asked:
                 session = _Session(run, compiled, checkpoints, steps, start)
                 session.times.add("start", time.monotonic() - began)
@@ -129,7 +126,7 @@ def grow(run: TrainRun, *, operative_config: str = "") -> Ledger:
         _prepare(run)
         with _named_disk_errors(run.path), _named_lack_of_memory(run.path):
             start = begin(run, compiled, checkpoints, steps)
-            _describe(run, compiled, operative_config)
+            describe(run, compiled, operative_config)
             checkpoints.save(start.state, _meta(run, start.ledger))
             checkpoints.wait()
             if current().is_first:
@@ -472,32 +469,3 @@ def _named_disk_errors(path: Path) -> Iterator[None]:
             f"cannot write to MODEL_DIR {path}: {error.strerror or error}; make room or choose "
             "another one, then run the same command again (its checkpoints are whole)"
         ) from error
-
-
-def _describe(run: TrainRun, compiled: Compiled, operative_config: str) -> None:
-    """The files in MODEL_DIR that say what runs: config.gin, model-info.txt, environment.json."""
-    if not current().is_first:
-        return
-    if operative_config:
-        write_text(run.path / "config.gin", operative_config)
-    shardings = axes.flatten(compiled.layout.params(run.model))
-    lines = [
-        f"{path}  {parameter.shape(run.model)}  {'x'.join(parameter.axes)}  "
-        f"{shardings[path].spec}  float32"
-        for path, parameter in axes.parameters(run.model).items()
-    ]
-    total, active = (
-        count(run.model) for count in (accounting.num_parameters, accounting.num_active_parameters)
-    )
-    lines.append(f"total {total:,} parameters, {active:,} active")
-    write_text(run.path / "model-info.txt", "\n".join(lines) + "\n")
-    environment = {
-        **versions(),
-        "code": code_digest(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "processes": current().count,
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "mesh": dict(compiled.layout.mesh.shape),
-        "mesh_asked": dataclasses.asdict(run.mesh),
-    }
-    write_json(run.path / "environment.json", environment)
