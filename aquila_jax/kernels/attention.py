@@ -147,7 +147,14 @@ def _splash_on_shard(
     mask = splash_attention_mask.CausalMask((num_tokens, num_tokens))
     kernel = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * num_heads),
-        block_sizes=splash_attention_kernel.BlockSizes(*[block] * 8),
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=MIXED,
@@ -157,4 +164,6 @@ def _splash_on_shard(
     scaled_BTNH = (query_BTNH.astype(jnp.float32) * scale).astype(query_BTNH.dtype)
     q_BNTH, k_BKTH, v_BKTH = (jnp.swapaxes(x, 1, 2) for x in (scaled_BTNH, key_BTKH, value_BTKH))
     segments = splash_attention_kernel.SegmentIds(segment_ids_BT, segment_ids_BT)
-    return jnp.swapaxes(jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, segments), 1, 2)
+    # It would return more if it were told to save what it leaves for the backward pass.
+    mixed_BNTH = cast(jax.Array, jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, segments))
+    return jnp.swapaxes(mixed_BNTH, 1, 2)
