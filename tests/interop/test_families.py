@@ -102,6 +102,9 @@ def test_every_field_is_said_or_refused_by_name(written):
         shared_mlp_dim=8,
         shared_expert_gate=True,
         moe_every=3,
+        router_scores="sigmoid",
+        router_scale=2.0,
+        router_bias=True,
     )
     refused = {}
     for field in dataclasses.fields(ModelConfig):
@@ -114,9 +117,10 @@ def test_every_field_is_said_or_refused_by_name(written):
             assert written(changed).to_model() == families.as_read(changed) != MIXTURE
         except UserError as error:
             refused[field.name] = str(error)
-    assert set(refused) == {"renormalize_gates", "shared_mlp_dim", "moe_every"}
+    of_routers = {"router_scores", "router_scale", "router_bias"}
+    assert set(refused) == {"renormalize_gates", "shared_mlp_dim", "moe_every"} | of_routers
     for name, message in refused.items():
-        assert f" {name}={getattr(other, name)} (but {getattr(MIXTURE, name)})" in message
+        assert f" {name}={getattr(other, name)!r} (but {getattr(MIXTURE, name)!r})" in message
 
 
 def test_what_qwens_mixtures_cannot_say_is_refused_by_name(written):
