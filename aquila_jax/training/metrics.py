@@ -11,6 +11,7 @@ from typing import Any
 
 from aquila_jax.files import write_text
 from aquila_jax.training.ledger import Ledger
+from aquila_jax.training.tensorboard import EventFiles
 
 METRICS_FILE = "metrics.jsonl"
 SKIPPED_FILE = "skipped_batches.jsonl"
@@ -103,12 +104,10 @@ class MetricsWriter:
 
     def __init__(self, model_dir: Path, step: int) -> None:
         """Open both to go on after `step`: rows beyond it belong to updates that were lost."""
-        from tensorboardX import SummaryWriter  # 0.3 s that only runs need
-
         self._rows = Rows(model_dir / METRICS_FILE, step)
         # Of the updates that were lost, as the lineage counted its time then.
         self.dropped = self._rows.dropped
-        self._tensorboard = SummaryWriter(str(model_dir / "tensorboard"), purge_step=step + 1)
+        self._tensorboard = EventFiles(model_dir / "tensorboard", step)
 
     def write(self, split: str, ledger: Ledger, values: Mapping[str, Any]) -> None:
         """One row; its tokens, FLOPs and seconds count the whole lineage.
@@ -117,10 +116,11 @@ class MetricsWriter:
         """
         step = ledger.current.steps
         self._rows.write({"split": split, "step": step, **ledger.totals, **values})
-        for name, value in _curves(values):
-            if not math.isfinite(value):
-                continue  # its curve has a gap; the row says which
-            self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+        # What is not finite is a gap in its curve; the row says which.
+        self._tensorboard.write(
+            [(f"{split}/{name}", value) for name, value in _curves(values) if math.isfinite(value)],
+            step,
+        )
 
     def sync(self) -> None:
         """Make all rows durable, as far as the disk will."""
