@@ -38,15 +38,14 @@ class EventFiles:
         from tensorboardX.summary import scalar
 
         try:
-            if self._file is None:
-                self._open()
+            file = self._file or self._open()
             for name, value in curves:
                 event = _proto().Event(
                     wall_time=time.time(), step=step, summary=scalar(name, value)
                 )
-                self._file.write_event(event)
+                file.write_event(event)
             if time.monotonic() - self._flushed > _FLUSH_EVERY:
-                self._file.flush()
+                file.flush()
                 self._flushed = time.monotonic()
         except OSError:
             self.close()
@@ -58,7 +57,7 @@ class EventFiles:
                 self._file.close()
             self._file = None
 
-    def _open(self) -> None:
+    def _open(self) -> Any:
         from tensorboardX.event_file_writer import EventsWriter
 
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -68,6 +67,7 @@ class EventFiles:
             start = _proto().SessionLog(status=_proto().SessionLog.START)
             self._file.write_event(_proto().Event(step=self._first_step, session_log=start))
         self._opened += 1
+        return self._file
 
 
 def _proto() -> Any:
