@@ -8,6 +8,8 @@ import importlib.metadata
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Collectives of several CPU devices wait on XLA's threads: with a thread a device, all may wait.
+os.environ.setdefault("NPROC", "16")
 # Tests compile much and compute little, so the compiler is told to hurry.
 os.environ["XLA_FLAGS"] = " ".join(
     [

@@ -14,7 +14,11 @@ from aquila_jax.errors import UserError
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(aquila_jax.__file__).parent
 # A compiled step is a program, by JAX's own pickle; it is loaded where TrainRun.compiled_step asks.
-PROGRAMS = {PACKAGE / "training" / "saved_step.py"}
+# HumanEval's answers are programs, run where --run_code asks, in a process that has limits.
+PROGRAMS = {
+    PACKAGE / "training" / "saved_step.py",
+    PACKAGE / "evaluation" / "limited.py",
+}
 FILES = sorted(set(PACKAGE.rglob("*.py")) - PROGRAMS)
 # Modules that run what they read, or read what they run.
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}

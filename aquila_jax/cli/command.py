@@ -108,6 +108,14 @@ def open_layout(mesh: str | None) -> Any:
     return Layout(MeshShape(**numbers).build())
 
 
+def batch_rows(asked: int | None, default: int, layout: Any) -> int:
+    """Rows of a batch: what was asked for; else `default`, and what is missing for the mesh."""
+    if asked is not None:
+        return asked
+    shards = 1 if layout is None else layout.batch_shards
+    return default + -default % shards
+
+
 def load_model(path: str, *, tokenizer: str | None) -> tuple[Any, "ModelConfig", Any]:
     """Parameters, architecture and tokenizer of a model of any format.
 

@@ -3,7 +3,13 @@
 import argparse
 from typing import Any
 
-from aquila_jax.cli.command import add_command, load_model, open_layout, refuse_bindings
+from aquila_jax.cli.command import (
+    add_command,
+    batch_rows,
+    load_model,
+    open_layout,
+    refuse_bindings,
+)
 
 
 def add_to(commands: Any) -> None:
@@ -32,7 +38,7 @@ def _open_parts(
     pretrained: str,
     tokenizer: str | None = None,
     dtype: str = "float32",
-    batch_size: int | str = 8,
+    batch_size: int | str = "auto",
     max_length: int | None = None,
     mesh: str | None = None,
 ) -> tuple[Any, ...]:
@@ -43,7 +49,7 @@ def _open_parts(
 
     model = load_model(pretrained, tokenizer=tokenizer)
     layout = open_layout(mesh)
-    rows = 8 if batch_size == "auto" else int(batch_size)
+    rows = batch_rows(None if batch_size == "auto" else int(batch_size), 8, layout)
     scorer = Scorer(*model, dtype=dtype, batch_size=rows, max_length=max_length, layout=layout)
 
     def open_generator() -> Generator:

@@ -8,6 +8,7 @@ from typing import Any
 from aquila_jax.cli.command import (
     add_command,
     add_model_flags,
+    batch_rows,
     load_model,
     open_layout,
     refuse_bindings,
@@ -36,7 +37,9 @@ def add_to(commands: Any) -> None:
     )
     command.add_argument("--limit", type=int, metavar="N", help="the first N problems")
     command.add_argument("--max_new_tokens", type=int, default=512, metavar="N")
-    command.add_argument("--batch_size", type=int, default=8, metavar="N")
+    command.add_argument(
+        "--batch_size", type=int, metavar="N", help="8 by default, and what a mesh needs beyond"
+    )
 
 
 def _humaneval(arguments: argparse.Namespace, bindings: list[str]) -> int:
@@ -49,11 +52,12 @@ def _humaneval(arguments: argparse.Namespace, bindings: list[str]) -> int:
     if not out.parent.is_dir():
         raise UserError(f"there is no directory {out.parent} for --out")
     problems = humaneval.read_problems(arguments.data)[: arguments.limit]
+    layout = open_layout(arguments.mesh)
     generator = Generator(
         *load_model(arguments.model, tokenizer=arguments.tokenizer),
         dtype=arguments.dtype,
-        batch_size=arguments.batch_size,
-        layout=open_layout(arguments.mesh),
+        batch_size=batch_rows(arguments.batch_size, 8, layout),
+        layout=layout,
     )
     written = humaneval.complete(generator, problems, max_new_tokens=arguments.max_new_tokens)
     rows: list[dict[str, Any]] = [

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aquila_jax.cli.command import open_layout
+from aquila_jax.cli.command import batch_rows, open_layout
 from aquila_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ def add_measure_flags(command: argparse.ArgumentParser) -> None:
         "--stride", type=int, metavar="N", help="tokens scored in a window; half of it by default"
     )
     command.add_argument("--limit", type=int, metavar="N", help="the first N items of each")
-    command.add_argument("--batch_size", type=int, default=4, metavar="N")
+    command.add_argument(
+        "--batch_size", type=int, metavar="N", help="4 by default, and what a mesh needs beyond"
+    )
 
 
 def measure_texts(model: tuple[Any, ...], arguments: argparse.Namespace) -> dict[str, "TextLoss"]:
@@ -136,12 +138,13 @@ def _questions(arguments: argparse.Namespace) -> dict[str, "list[Question]"]:
 def _scorer(model: tuple[Any, ...], arguments: argparse.Namespace) -> "Scorer":
     from aquila_jax.evaluation.scoring import Scorer
 
+    layout = open_layout(arguments.mesh)
     return Scorer(
         *model,
         dtype=arguments.dtype,
-        batch_size=arguments.batch_size,
+        batch_size=batch_rows(arguments.batch_size, 4, layout),
         max_length=arguments.max_length,
-        layout=open_layout(arguments.mesh),
+        layout=layout,
     )
 
 

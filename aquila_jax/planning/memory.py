@@ -1,16 +1,16 @@
 """What a program holds in the memory of one device: compiled, or refused for its size."""
 
-import contextlib
 import dataclasses
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from aquila_jax.planning.programs import Program
+from aquila_jax.training.saved_step import compile_afresh
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)B?"
@@ -65,8 +65,7 @@ def compile_program(program: Program) -> Outcome:
     began = time.monotonic()
     lowered = program.traced.lower()
     try:
-        with _no_cache():
-            executable = lowered.compile()
+        executable = compile_afresh(lowered)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -89,18 +88,6 @@ def compile_program(program: Program) -> Outcome:
         + stats.generated_code_size_in_bytes,
     )
     return Outcome(memory, lowered, executable, seconds)
-
-
-@contextlib.contextmanager
-def _no_cache() -> Iterator[None]:
-    """JAX's cache of compiled programs could write these, and would fail to read them."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    kept = getattr(jax.config, name)
-    jax.config.update(name, float("inf"))
-    try:
-        yield
-    finally:
-        jax.config.update(name, kept)
 
 
 def shard_bytes(tree: Any) -> float:

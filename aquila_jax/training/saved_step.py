@@ -9,11 +9,29 @@ from typing import Any
 
 import jax
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 from aquila_jax.errors import UserError
 from aquila_jax.files import write_bytes
 
 _FORMAT = 1
+
+
+def compile_afresh(lowered: Any) -> Any:
+    """`lowered.compile()` past JAX's cache of compiled programs, which is neither read nor written.
+
+    A program that the cache gave to a CPU cannot be serialised again: its kernels stay behind.
+    And the cache would keep programs for devices that are elsewhere, and fail to read them.
+    """
+    name = "jax_enable_compilation_cache"
+    kept = getattr(jax.config, name)
+    jax.config.update(name, False)
+    compilation_cache.reset_cache()  # the setting is read once, at the first use after this
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update(name, kept)
+        compilation_cache.reset_cache()
 
 
 def save_step(path: Path, lowered: Any, executable: Any, devices: Any) -> None:
@@ -22,7 +40,7 @@ def save_step(path: Path, lowered: Any, executable: Any, devices: Any) -> None:
     Args:
         path: the file to make.
         lowered: `jax.stages.Lowered` of the step: its text says which program it is.
-        executable: `lowered.compile()`.
+        executable: `compile_afresh(lowered)`.
         devices: that it was compiled for, in the mesh's order.
     """
     code, in_tree, out_tree = serialize_executable.serialize(executable)

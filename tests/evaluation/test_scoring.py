@@ -85,9 +85,9 @@ def test_a_mesh_gives_the_scores_of_one_device(tiny, params, scorer):
     rng = np.random.default_rng(2)
     pairs = [(rng.integers(2, 61, size=n).tolist(), [3, 4]) for n in (1, 30, 9, 9, 12)]
     layout = Layout(MeshShape(data=2, fsdp=2, expert=2).build())
-    meshed = Scorer(params, tiny, Letters(), batch_size=4, layout=layout)
+    meshed = Scorer(params, tiny, Letters(), batch_size=8, layout=layout)
     expected = [score.log_likelihood for score in scorer.score(pairs)]
     found = [score.log_likelihood for score in meshed.score(pairs)]
     assert found == pytest.approx(expected, abs=1e-4)
-    with pytest.raises(UserError, match="batch_size 3 does not divide over the 4"):
+    with pytest.raises(UserError, match="batch_size 3 does not divide over the 8"):
         Scorer(params, tiny, Letters(), batch_size=3, layout=layout)

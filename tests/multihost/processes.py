@@ -37,6 +37,7 @@ class Process:
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
+            "NPROC": "16",  # see tests/conftest.py
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
             "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
             "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "compiled"),

@@ -68,6 +68,7 @@ class Worker:
             **environment,
             "PYTHONPATH": str(ROOT),
             "XLA_FLAGS": _XLA_FLAGS,
+            "NPROC": "16",  # see tests/conftest.py
             "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

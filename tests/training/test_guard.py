@@ -161,8 +161,8 @@ def test_nan_in_a_gradient_alone_is_seen(tmp_path, monkeypatch):
         lambda is_bad, gradient: (jnp.where(is_bad, jnp.nan, gradient), None),
     )
 
-    def poisoned(model, router_losses, params, batch):
-        loss, metrics = real(model, router_losses, params, batch)
+    def poisoned(model, router_losses, params, batch, *rngs):
+        loss, metrics = real(model, router_losses, params, batch, *rngs)
         return poison(loss, batch["tokens"][0, 1] % 2 == 1), metrics
 
     monkeypatch.setattr(step, "loss_and_metrics", poisoned)

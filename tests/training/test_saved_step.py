@@ -4,11 +4,12 @@ import json
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from aquila_jax.errors import UserError
 from aquila_jax.training import train
 from aquila_jax.training.run import abstract_batch, build, with_saved_step
-from aquila_jax.training.saved_step import load_step, save_step
+from aquila_jax.training.saved_step import compile_afresh, load_step, save_step
 
 from .synthetic import tiny_run
 
@@ -20,13 +21,33 @@ def lowered_step(run):
     return compiled, lowered, list(compiled.layout.mesh.devices.flat)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _with_a_cache_of_every_program(tmp_path_factory):
+    """JAX's cache, holding all that is compiled here, however small and quick."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    kept = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in kept.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A run, and its step compiled and kept."""
     directory = tmp_path_factory.mktemp("saved")
     run = tiny_run(directory / "here", steps=4)
     _, lowered, devices = lowered_step(run)
-    save_step(directory / "step", lowered, lowered.compile(), devices)
+    lowered.compile()
+    jax.clear_caches()  # what is asked for again is read from the disk
+    save_step(directory / "step", lowered, compile_afresh(lowered), devices)
     return run, directory / "step"
 
 
