@@ -1,0 +1,113 @@
+"""The strategies of a mixture against the reference, which computes every expert on every token."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aquila_jax.nn import Dispatch
+from aquila_jax.nn.moe.experts import Weights
+from aquila_jax.nn.moe.mixing import mix
+from aquila_jax.sharding import Layout, MeshShape
+
+E, K, B, T = 4, 2, 8, 12
+REFERENCE = Dispatch(strategy="reference")
+# Room for every token at every expert.
+ROOMY = Dispatch(strategy="capacity", capacity_factor=E / K)
+SPREAD = MeshShape(data=2, expert=4)
+
+
+@functools.cache
+def function(config, dispatch, mesh):
+    """Outputs and report of real tokens, and the gradients of a number made of all of it."""
+    layout = Layout(mesh.build()) if mesh else None
+
+    def number(differentiable, is_token_BT, by_BTD):
+        x_BTD, logits_BTE, weights = differentiable
+        bias_E = jnp.zeros(E, x_BTD.dtype)
+        out_BTD, report = mix(
+            config, dispatch, x_BTD, logits_BTE, is_token_BT, bias_E, weights, layout
+        )
+        # What padding says is nobody's concern: with fixed slots no expert hears it.
+        out_BTD = jnp.where(is_token_BT[..., None], out_BTD, 0)
+        charged = report.load_balance_loss + 0.1 * report.router_z_loss + report.router_max_z_loss
+        return jnp.sum(out_BTD * by_BTD) + charged, (out_BTD, report)
+
+    return jax.jit(jax.value_and_grad(number, has_aux=True))
+
+
+@pytest.fixture
+def mixture(tiny):
+    config = dataclasses.replace(tiny, num_experts=E, experts_per_token=K)
+    rng = np.random.default_rng(0)
+    shapes = {"x": config.embed_dim, "logits": E, "by": config.embed_dim}
+    x_BTD, logits_BTE, by_BTD = (rng.normal(size=(B, T, size)) for size in shapes.values())
+    matrix = (E, config.embed_dim, config.mlp_dim)
+    gate, up, down = (rng.normal(size=matrix) for _ in range(3))
+    # One expert is everybody's favourite, and a third of a row is padding.
+    logits_BTE[..., 1] += 1.5
+    is_token_BT = np.arange(T)[None] < np.arange(T, T - B, -1)[:, None]
+    weights = Weights(gate, up, down.swapaxes(1, 2))
+    return config, ((x_BTD, logits_BTE, weights), is_token_BT, by_BTD)
+
+
+def evaluate(mixture, dispatch, mesh=None):
+    config, arguments = mixture
+    with jax.enable_x64(True):
+        return jax.device_get(function(config, dispatch, mesh)(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "mesh"),
+    [
+        (Dispatch(), None),
+        (ROOMY, None),
+        (Dispatch(exchange="all_to_all"), SPREAD),
+        (Dispatch(exchange="gather"), SPREAD),
+        (Dispatch(exchange="all_to_all"), MeshShape(expert=4, model=2)),
+        (Dispatch(exchange="gather"), MeshShape(expert=4, model=2)),
+        (dataclasses.replace(ROOMY, exchange="all_to_all"), SPREAD),
+        (dataclasses.replace(ROOMY, exchange="gather"), SPREAD),
+    ],
+    ids=["dropless", "slots", *("sent", "gathered", "sent in parts", "gathered in parts"),
+         *("slots sent", "slots gathered")],
+)  # fmt: skip
+def test_gives_the_outputs_the_gradients_and_the_report_of_the_reference(mixture, dispatch, mesh):
+    found, expected = evaluate(mixture, dispatch, mesh), evaluate(mixture, REFERENCE)
+    assert found[0][1][1].dropped_fraction == 0
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), found, expected
+    )
+
+
+def test_without_room_tokens_are_dropped_and_counted(mixture):
+    _, arguments = mixture
+    real = arguments[1].sum()
+    tight = Dispatch(strategy="capacity", capacity_factor=0.5)
+    (_, (_, report)), _ = evaluate(mixture, tight)
+    served = (1 - report.dropped_fraction) * real * K
+    # Half as many slots as pairs of tokens, real or not; an expert's own are no others'.
+    assert served <= 0.5 * B * T * K + 1e-6
+    np.testing.assert_allclose(served, round(served), atol=1e-9)
+
+
+def test_overflow_serves_at_the_next_best_expert_what_the_best_had_no_room_for(mixture):
+    just_enough = Dispatch(strategy="capacity", capacity_factor=1.0)
+    (_, (_, lost)), _ = evaluate(mixture, just_enough)
+    (_, (_, kept)), _ = evaluate(mixture, dataclasses.replace(just_enough, overflow=True))
+    assert kept.dropped_fraction < lost.dropped_fraction
+
+
+def test_a_buffer_that_is_too_small_drops_and_counts(mixture):
+    full = Dispatch(exchange="all_to_all")
+    (_, (_, report)), _ = evaluate(mixture, dataclasses.replace(full, buffer_factor=1.0), SPREAD)
+    assert 0 < report.dropped_fraction < 0.5
+
+
+def test_measuring_and_generating_drop_nothing():
+    for dropping in (dataclasses.replace(ROOMY, jitter=0.1), Dispatch(buffer_factor=1.0)):
+        kept = dropping.without_drops()
+        assert (kept.strategy, kept.buffer_factor, kept.jitter) == ("dropless", 0.0, 0.0)
