@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,11 +47,11 @@ def mixture(tiny):
     shapes = {"x": config.embed_dim, "logits": E, "by": config.embed_dim}
     x_BTD, logits_BTE, by_BTD = (rng.normal(size=(B, T, size)) for size in shapes.values())
     matrix = (E, config.embed_dim, config.mlp_dim)
-    gate, up, down = (rng.normal(size=matrix) for _ in range(3))
+    matrices: list[Any] = [rng.normal(size=matrix) for _ in range(3)]
     # One expert is everybody's favourite, and a third of a row is padding.
     logits_BTE[..., 1] += 1.5
     is_token_BT = np.arange(T)[None] < np.arange(T, T - B, -1)[:, None]
-    weights = Weights(gate, up, down.swapaxes(1, 2))
+    weights = Weights(*matrices[:2], matrices[2].swapaxes(1, 2))
     return config, ((x_BTD, logits_BTE, weights), is_token_BT, by_BTD)
 
 
