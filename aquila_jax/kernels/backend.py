@@ -39,9 +39,15 @@ def dispatch(
     is_double = any(getattr(x, "dtype", None) == jnp.float64 for x in operands)
     if backend == "reference" or (backend == "auto" and is_double):
         return reference(*operands)
+
+    def call(*operands: Any, interpret: bool) -> Any:
+        # Kernels are written in 32 bits; a literal shall not be 64 where others are allowed.
+        with jax.enable_x64(False):
+            return kernel(*operands, interpret=interpret)
+
     if backend != "auto":
-        return kernel(*operands, interpret=backend == "interpret")
-    compiled = functools.partial(kernel, interpret=False)
+        return call(*operands, interpret=backend == "interpret")
+    compiled = functools.partial(call, interpret=False)
     return jax.lax.platform_dependent(*operands, tpu=compiled, default=reference)
 
 
@@ -88,6 +94,9 @@ def pallas_call(
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
         cost_estimate=cost,
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem_bytes),
+        # What kernels are given keeps indices in range; checks cost more than a DMA's start.
+        compiler_params=pltpu.CompilerParams(
+            vmem_limit_bytes=vmem_bytes, disable_bounds_checks=True
+        ),
         **specs,
     )(*operands)

@@ -1,5 +1,6 @@
 """Permute: tokens' rows into expert order; unpermute: the weighted combine back."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,7 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from aquila_jax.errors import UserError
-from aquila_jax.kernels.backend import Backend, check
+from aquila_jax.kernels.backend import Backend, check, dispatch
+from aquila_jax.kernels.permute_tpu import (
+    permute_kernel,
+    unpermute_backward_kernel,
+    unpermute_kernel,
+)
 
 
 def permute(
@@ -35,6 +41,7 @@ def permute(
     if num_rows is not None and num_rows < 0:
         raise UserError(f"num_rows must not be negative, not {num_rows}")
     check(backend)
+    num_rows = slots_Nk.size if num_rows is None else num_rows
     return _permute(num_rows, backend, x_ND, slots_Nk)
 
 
@@ -64,9 +71,8 @@ def unpermute(
     return _unpermute(backend, rows_MD, slots_Nk, gates_Nk)
 
 
-def permute_reference(x_ND: jax.Array, slots_Nk: jax.Array, num_rows: int | None) -> jax.Array:
+def permute_reference(x_ND: jax.Array, slots_Nk: jax.Array, num_rows: int) -> jax.Array:
     """`permute` in plain JAX: the inverse of the slots, then a gather."""
-    num_rows = slots_Nk.size if num_rows is None else num_rows
     tokens_N1 = jnp.arange(x_ND.shape[0], dtype=jnp.int32)[:, None]
     token_M = jnp.full(num_rows, x_ND.shape[0], jnp.int32)
     # Indices below zero would count from the end; no index at or past it counts.
@@ -120,22 +126,41 @@ def _taken(x_ND: jax.Array, rows_M: jax.Array) -> jax.Array:
     return x_ND.at[rows_M].get(mode="fill", fill_value=0)
 
 
+def _fit(backend: Backend, x: jax.Array, slots_Nk: jax.Array, num_rows: int) -> Backend:
+    """The backend; the reference where kernels have nothing to fetch, or another dtype."""
+    is_fit = x.size and slots_Nk.size and num_rows and x.dtype in (jnp.bfloat16, jnp.float32)
+    return backend if is_fit else "reference"
+
+
 def _permute_value(
-    num_rows: int | None, backend: Backend, x_ND: jax.Array, slots_Nk: jax.Array
+    num_rows: int, backend: Backend, x_ND: jax.Array, slots_Nk: jax.Array
 ) -> jax.Array:
-    return permute_reference(x_ND, slots_Nk, num_rows)
+    return dispatch(
+        _fit(backend, x_ND, slots_Nk, num_rows),
+        functools.partial(permute_reference, num_rows=num_rows),
+        functools.partial(permute_kernel, num_rows=num_rows),
+        x_ND,
+        slots_Nk,
+    )
 
 
 def _permute_forward(
-    num_rows: int | None, backend: Backend, x_ND: jax.Array, slots_Nk: jax.Array
+    num_rows: int, backend: Backend, x_ND: jax.Array, slots_Nk: jax.Array
 ) -> tuple[jax.Array, Any]:
     return _permute_value(num_rows, backend, x_ND, slots_Nk), slots_Nk
 
 
 def _permute_backward(
-    num_rows: int | None, backend: Backend, slots_Nk: jax.Array, gradient_MD: jax.Array
+    num_rows: int, backend: Backend, slots_Nk: jax.Array, gradient_MD: jax.Array
 ) -> tuple[jax.Array, None]:
-    return unpermute_reference(gradient_MD, slots_Nk, None), None
+    gradient_ND = dispatch(
+        _fit(backend, gradient_MD, slots_Nk, num_rows),
+        functools.partial(unpermute_reference, gates_Nk=None),
+        functools.partial(unpermute_kernel, gates_Nk=None),
+        gradient_MD,
+        slots_Nk,
+    )
+    return gradient_ND, None
 
 
 _permute = jax.custom_vjp(_permute_value, nondiff_argnums=(0, 1))
@@ -145,7 +170,14 @@ _permute.defvjp(_permute_forward, _permute_backward)
 def _unpermute_value(
     backend: Backend, rows_MD: jax.Array, slots_Nk: jax.Array, gates_Nk: jax.Array
 ) -> jax.Array:
-    return unpermute_reference(rows_MD, slots_Nk, gates_Nk)
+    return dispatch(
+        _fit(backend, rows_MD, slots_Nk, len(rows_MD)),
+        unpermute_reference,
+        unpermute_kernel,
+        rows_MD,
+        slots_Nk,
+        gates_Nk,
+    )
 
 
 def _unpermute_forward(
@@ -159,8 +191,14 @@ def _unpermute_backward(
     backend: Backend, residuals: Any, gradient_ND: jax.Array
 ) -> tuple[jax.Array, None, jax.Array]:
     rows_MD, slots_Nk, gates_Nk = residuals
-    rows_gradient_MD, gates_gradient_Nk = unpermute_backward_reference(
-        rows_MD, slots_Nk, gates_Nk, gradient_ND
+    rows_gradient_MD, gates_gradient_Nk = dispatch(
+        _fit(backend, rows_MD, slots_Nk, len(rows_MD)),
+        unpermute_backward_reference,
+        unpermute_backward_kernel,
+        rows_MD,
+        slots_Nk,
+        gates_Nk,
+        gradient_ND,
     )
     return rows_gradient_MD, None, gates_gradient_Nk
 

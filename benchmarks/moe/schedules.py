@@ -25,7 +25,11 @@ FLAGS = (
 
 _FILE = re.compile(r"^\d+-(?P<kernel>.+?)-\d+-final_bundles\.txt$")
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?P<label>[A-Z]{2})?\s*:\s*(?P<loops>[> ]*)\{")
-_EXIT = re.compile(r"scmp\.ge\S* %(?P<index>\w+), (?P<bound>\d+) /\* loop exit test")
+_EXIT = re.compile(
+    r"%(?P<test>\w+) = scmp\.ge\S* (?:\(\S+\), )?%(?P<index>\w+), (?P<bound>[%\w]+) "
+    r"/\* loop exit test"
+)
+_BRANCH = re.compile(r"sbr\.rel \(!%(\w+)\)")
 _STAGE = re.compile(r"iteration index, stage = (\d+)")
 _SPILL = re.compile(r"= vst [^;]*_spill")
 # Parts of the program around kernels rather than kernels.
@@ -66,17 +70,17 @@ def read(folder: Path) -> list[Kernel]:
 
 def _kernel(name: str, text: str) -> Kernel:
     bundles = _bundles(text)
+    bounds = _bounds(bundles)
     trips = [1] * len(bundles)
-    unbounded = 0
-    for first, bundle in enumerate(bundles):
-        if bundle.begins_loop:
-            last, count = _extent(bundles, first)
-            unbounded += count is None
-            for at in range(first, last + 1):
-                trips[at] *= count or 1
+    for first, bound in bounds.items():
+        last = _last(bundles, first)
+        count = _trips(bundles[first : last + 1], bound) if bound else 1
+        for at in range(first, last + 1):
+            trips[at] *= count
     spills = sum(
         len(_SPILL.findall(bundle.text)) for bundle, n in zip(bundles, trips, strict=True) if n > 1
     )
+    unbounded = sum(bound is None for bound in bounds.values())
     return Kernel(name, sum(trips), unbounded, spills)
 
 
@@ -91,23 +95,43 @@ def _bundles(text: str) -> list[_Bundle]:
     return bundles
 
 
-def _extent(bundles: list[_Bundle], first: int) -> tuple[int, int | None]:
-    """The last bundle of the loop that begins at `first`, and its trips if they are constant."""
+def _bounds(bundles: list[_Bundle]) -> dict[int, re.Match[str] | None]:
+    """The exit test of each loop, by the loop's first bundle; None where its bound varies.
+
+    A branch back ends the innermost loop that is open. The test itself may stand in a loop inside.
+    """
+    tests = {match["test"]: match for bundle in bundles for match in _EXIT.finditer(bundle.text)}
+    bounds: dict[int, re.Match[str] | None] = {}
+    still_open = []
+    for at, bundle in enumerate(bundles):
+        if bundle.begins_loop:
+            still_open.append(at)
+            bounds[at] = None
+        for branch in _BRANCH.finditer(bundle.text):
+            if branch[1] in tests and still_open:
+                test = tests[branch[1]]
+                bounds[still_open.pop()] = test if test["bound"].isdigit() else None
+    return bounds
+
+
+def _last(bundles: list[_Bundle], first: int) -> int:
+    """The last bundle of the loop that begins at `first`."""
     depth = bundles[first].depth
-    last, bound, stages = first, None, 0
+    last = first
     for at in range(first, len(bundles)):
         bundle = bundles[at]
         if at > first and bundle.begins_loop and bundle.depth <= depth:
             break
         if bundle.depth >= depth:
             last = at
-        if bundle.depth == depth:
-            stages = max([stages, *map(int, _STAGE.findall(bundle.text))])
-            bound = _EXIT.search(bundle.text) or bound
-    if bound is None:
-        return last, None
+    return last
+
+
+def _trips(loop: list[_Bundle], bound: re.Match[str]) -> int:
+    own = [bundle for bundle in loop if bundle.depth == loop[0].depth]
+    stages = max((int(stage) for bundle in own for stage in _STAGE.findall(bundle.text)), default=0)
     # An unrolled loop counts in steps. Registers are named %s<value>_s<register>.
     index = bound["index"].split("_")[0]
-    body = "\n".join(bundle.text for bundle in bundles[first : last + 1])
-    step = re.search(rf"%{index}(?:_\w+)? = sadd\.s32 (\d+), ", body)
-    return last, max(1, int(bound["bound"]) // (int(step[1]) if step else 1) - stages)
+    body = "\n".join(bundle.text for bundle in loop)
+    step = re.search(rf"%{index}(?:_\w+)? = sadd\.s32 (?:\(\S+\), )?(\d+), ", body)
+    return max(1, int(bound["bound"]) // (int(step[1]) if step else 1) - stages)

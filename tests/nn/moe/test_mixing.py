@@ -51,7 +51,8 @@ def mixture(tiny):
     # One expert is everybody's favourite, and a third of a row is padding.
     logits_BTE[..., 1] += 1.5
     is_token_BT = np.arange(T)[None] < np.arange(T, T - B, -1)[:, None]
-    weights = Weights(*matrices[:2], matrices[2].swapaxes(1, 2))
+    gate_EDF, up_EDF, down_EDF = matrices
+    weights = Weights(gate_EDF, up_EDF, down_EDF.swapaxes(1, 2))
     return config, ((x_BTD, logits_BTE, weights), is_token_BT, by_BTD)
 
 

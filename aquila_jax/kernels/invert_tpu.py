@@ -1,0 +1,147 @@
+"""Slots turned around on a TPU: what lies at a slot, and values that lie there brought back.
+
+Both are one scalar load and one scalar store for each pair, in SMEM. A table that is too large
+for it is cut up, and every part sees all pairs.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from aquila_jax.kernels.backend import pallas_call
+from aquila_jax.kernels.tiles import LANES
+
+# Entries of a table's part, and pairs that are in SMEM at a time: 256 kB of a megabyte at most.
+PART = 65536
+BLOCK = 4096
+UNROLLED = 16
+
+
+def invert(
+    slots_Nk: jax.Array, *gates_Nk: jax.Array, num_rows: int, interpret: bool
+) -> tuple[jax.Array, ...]:
+    """The token of each row, -1 where there is none, and where given its gate (else undefined)."""
+    parts, size = _parts(num_rows)
+    slots = _blocks(slots_Nk, -1)
+    by_pair = _by_pair(slots.shape[2], lambda part, block: (block, 0, 0))
+    table = pl.BlockSpec(
+        (1, 1, size + LANES), lambda part, block: (part, 0, 0), memory_space=pltpu.SMEM
+    )
+    values = [_as_int(_blocks(gates, 0)) for gates in gates_Nk]
+    shape = jax.ShapeDtypeStruct((parts, 1, size + LANES), jnp.int32)
+    num_tables = 1 + len(values)
+    tables = pallas_call(
+        functools.partial(_invert_body, size, slots_Nk.shape[1]),
+        slots,
+        *values,
+        name="invert",
+        interpret=interpret,
+        grid=(parts, len(slots)),
+        in_specs=[by_pair] * num_tables,
+        out_specs=[table] * num_tables,
+        out_shape=[shape] * num_tables,
+        cost=_cost(parts * slots.size, num_tables),
+    )
+    token_M, *gates = (x[:, 0, :size].reshape(-1)[:num_rows] for x in tables)
+    return token_M, *(jax.lax.bitcast_convert_type(x, jnp.float32) for x in gates)
+
+
+def _invert_body(size: int, num_choices: int, slots_ref, *refs) -> None:
+    *gates_in_refs, token_ref = refs[: len(refs) // 2 + 1]
+    gates_refs = refs[len(refs) // 2 + 1 :]
+    part, block = pl.program_id(0), pl.program_id(1)
+    length = slots_ref.shape[2]
+
+    @pl.when(block == 0)
+    def _() -> None:
+        def clear(index: jax.Array, _: None) -> None:
+            for offset in range(UNROLLED):
+                token_ref[0, 0, index * UNROLLED + offset] = -1
+
+        jax.lax.fori_loop(0, token_ref.shape[2] // UNROLLED, clear, None)
+
+    def store(index: jax.Array, _: None) -> None:
+        for offset in range(UNROLLED):
+            pair = index * UNROLLED + offset
+            at = _entry(slots_ref[0, 0, pair] - part * size, size)
+            token_ref[0, 0, at] = jax.lax.div(block * length + pair, jnp.int32(num_choices))
+            for gates_in_ref, gates_ref in zip(gates_in_refs, gates_refs, strict=True):
+                gates_ref[0, 0, at] = gates_in_ref[0, 0, pair]
+
+    jax.lax.fori_loop(0, length // UNROLLED, store, None)
+
+
+def look_up(values_M: jax.Array, slots_Nk: jax.Array, *, interpret: bool) -> jax.Array:
+    """float32 [N, k]: `values_M` at each slot, zero where it is not in [0, M)."""
+    parts, size = _parts(len(values_M))
+    table = _as_int(jnp.pad(values_M, (0, parts * size - len(values_M)))).reshape(parts, 1, size)
+    table = jnp.pad(table, ((0, 0), (0, 0), (0, LANES)))
+    slots = _blocks(slots_Nk, -1)
+    by_pair = _by_pair(slots.shape[2], lambda block, part: (block, 0, 0))
+    found = pallas_call(
+        functools.partial(_look_up_body, size),
+        table,
+        slots,
+        name="look_up",
+        interpret=interpret,
+        grid=(len(slots), parts),
+        in_specs=[
+            pl.BlockSpec(
+                (1, 1, size + LANES), lambda block, part: (part, 0, 0), memory_space=pltpu.SMEM
+            ),
+            by_pair,
+        ],
+        out_specs=by_pair,
+        out_shape=jax.ShapeDtypeStruct(slots.shape, jnp.int32),
+        cost=_cost(parts * slots.size, 1),
+    )
+    found = jax.lax.bitcast_convert_type(found, jnp.float32)
+    return found.reshape(-1)[: slots_Nk.size].reshape(slots_Nk.shape)
+
+
+def _look_up_body(size: int, table_ref, slots_ref, found_ref) -> None:
+    part = pl.program_id(1)
+
+    def load(index: jax.Array, _: None) -> None:
+        for offset in range(UNROLLED):
+            pair = index * UNROLLED + offset
+            slot = slots_ref[0, 0, pair] - part * size
+            earlier = jnp.where(part == 0, 0, found_ref[0, 0, pair])
+            # One part has the slot; the others give the zero behind their last entry.
+            found_ref[0, 0, pair] = earlier | table_ref[0, 0, _entry(slot, size)]
+
+    jax.lax.fori_loop(0, slots_ref.shape[2] // UNROLLED, load, None)
+
+
+def _entry(slot: jax.Array, size: int) -> jax.Array:
+    """The entry of a slot in a part of the table; what is outside shares one behind the last."""
+    return jnp.where((slot >= 0) & (slot < size), slot, size)
+
+
+def _parts(num_rows: int) -> tuple[int, int]:
+    """How many parts a table has, and of how many entries."""
+    parts = pl.cdiv(num_rows, PART)
+    return parts, LANES * pl.cdiv(pl.cdiv(num_rows, parts), LANES)
+
+
+def _blocks(x_Nk: jax.Array, absent: int) -> jax.Array:
+    """[N, k] to [blocks, 1, pairs], filled up with `absent`."""
+    block = min(BLOCK, LANES * math.ceil(x_Nk.size / LANES))
+    flat = jnp.pad(x_Nk.reshape(-1), (0, -x_Nk.size % block), constant_values=absent)
+    return flat.reshape(-1, 1, block)
+
+
+def _by_pair(length: int, index_map) -> pl.BlockSpec:
+    return pl.BlockSpec((1, 1, length), index_map, memory_space=pltpu.SMEM)
+
+
+def _as_int(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+
+
+def _cost(pairs: int, tables: int) -> pl.CostEstimate:
+    return pl.CostEstimate(flops=pairs, transcendentals=0, bytes_accessed=4 * pairs * (1 + tables))
