@@ -204,16 +204,14 @@ def test_a_report_of_nothing_says_what_to_do(capsys):
 
 
 def test_unknown_flags_and_commands_exit_with_2():
-    for arguments in (["train", "--gin_fil=x"], ["tarin"], []):
+    for arguments in (["train", "--gin_fil=x"], ["tarin"], ["data"]):
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)
         assert stop.value.code == 2
 
 
 def test_help_needs_no_jax():
-    code = (
-        "import sys; from aquila_jax import cli; cli._parser(); print('tensorflow' in sys.modules)"
-    )
+    code = "import sys; from aquila_jax import cli; cli.make_parser(); print('tensorflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

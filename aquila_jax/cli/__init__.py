@@ -12,6 +12,8 @@
     aquila convert --from MODEL --to DIR [--to_checkpoint]
     aquila verify MODEL MODEL --text FILE [--with_transformers a|b|both]
     aquila data prepare --to DIR [--text_dir DIR] [--sequence_length N]
+    aquila report MODEL_DIR ... --out DIR
+    aquila completion bash|zsh|tcsh
 
 A gin file describes one `TrainRun`; see `gin_configs/`. Exit codes: 0 done, 1 two models
 differ (verify), 2 a mistake in what was asked for (one line says which), 75 another process of
@@ -26,6 +28,7 @@ from collections.abc import Sequence
 
 from aquila_jax.cli import (
     compare,
+    completion,
     convert,
     data,
     evaluate,
@@ -38,6 +41,7 @@ from aquila_jax.cli import (
     train,
     verify,
 )
+from aquila_jax.cli.parser import Parser
 from aquila_jax.errors import UserError
 
 # In the order in which `aquila --help` lists them. A command's module has `add_to(commands)`, and
@@ -55,6 +59,7 @@ COMMANDS = (
     verify,
     data,
     report,
+    completion,
 )
 
 _GIN_FLAG = "--gin."
@@ -62,7 +67,10 @@ _GIN_FLAG = "--gin."
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the console script `aquila`."""
-    parser = _parser()
+    parser = make_parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help()
+        return 0
     arguments, rest = parser.parse_known_args(argv)
     bindings = [flag.removeprefix(_GIN_FLAG) for flag in rest if flag.startswith(_GIN_FLAG)]
     unknown = [flag for flag in rest if not flag.startswith(_GIN_FLAG)]
@@ -85,14 +93,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line, every command's flags included."""
+    parser = Parser(
         prog="aquila",
-        description="Grow pretrained language models and keep training them.",
-        epilog="example: aquila train --gin_file=gin_configs/runs/demo/1_dense.gin --dry_run",
-        allow_abbrev=False,
+        description="Grow pretrained language models and keep training them. "
+        "`aquila COMMAND --help` tells more.",
+        epilog="example: aquila grow --from smollm2 --to larger --gin.target.num_layers=40",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_to(commands)
+    # For what is made from all commands: a shell's completion.
+    parser.set_defaults(command_line=parser)
     return parser

@@ -29,7 +29,9 @@ def add_command(
         summary: one line for `aquila --help` and the command's own.
         example: a whole command, shown below the flags.
     """
-    command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    command = commands.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
+    )
     command.set_defaults(run_command=run_command)
     if example:
         command.epilog = f"example: {example}"
@@ -66,21 +68,20 @@ def add_model_flags(command: argparse.ArgumentParser, *, positional: bool = True
     """The flags of every command that computes with a model."""
     if positional:
         command.add_argument(
-            "model", metavar="MODEL", help="a Hugging Face directory, a GGUF file or a MODEL_DIR"
+            "model", metavar="MODEL", help="Hugging Face directory, GGUF file or MODEL_DIR"
         )
-    command.add_argument(
-        "--tokenizer", metavar="PATH", help="where the tokenizer is; beside the model by default"
-    )
+    command.add_argument("--tokenizer", metavar="PATH", help="by default the one beside the model")
     command.add_argument(
         "--dtype",
         default="float32",
         choices=("float32", "bfloat16"),
-        help="of activations; float32 by default",
+        metavar="DTYPE",
+        help="of activations: float32 (default) or bfloat16",
     )
     command.add_argument(
         "--mesh",
         metavar="AXIS=N,...",
-        help="devices along mesh axes, as in data=2,model=4; one device by default",
+        help="several devices, as in data=2,model=4; one by default",
     )
 
 

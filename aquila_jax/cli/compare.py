@@ -16,14 +16,12 @@ def add_to(commands: Any) -> None:
         commands,
         "compare",
         _compare,
-        "what each model gained or lost against the one before it, with a verdict for each task",
-        example="aquila compare 7b 16b 8x16b --task parable=data/parable.jsonl --text en=news.txt",
+        "what each model gained or lost against the one before it",
+        example="aquila compare 7b 16b 8x16b --suite packaged --text en=news.txt",
     )
     command.add_argument("models", nargs="+", metavar="MODEL", help="two or more, oldest first")
     add_model_flags(command, positional=False)
-    command.add_argument(
-        "--out", metavar="FILE", help="also write it as JSON, for `aquila report --comparison`"
-    )
+    command.add_argument("--out", metavar="FILE", help="write it as JSON, too, for aquila report")
     add_measure_flags(command)
 
 

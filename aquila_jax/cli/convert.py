@@ -22,7 +22,7 @@ def add_to(commands: Any) -> None:
         commands,
         "convert",
         _convert,
-        "write a model in another format: Hugging Face, or a MODEL_DIR to train from",
+        "write a model as a Hugging Face directory or a MODEL_DIR",
         example="aquila convert --from runs/16b --to 16b-hf --dtype bfloat16",
     )
     command.add_argument(
@@ -30,7 +30,7 @@ def add_to(commands: Any) -> None:
         dest="source",
         required=True,
         metavar="MODEL",
-        help="a Hugging Face directory, a GGUF file or a MODEL_DIR",
+        help="Hugging Face directory, GGUF file or MODEL_DIR",
     )
     command.add_argument(
         "--to", dest="target", required=True, metavar="DIR", help="the directory to make"
@@ -38,14 +38,14 @@ def add_to(commands: Any) -> None:
     command.add_argument(
         "--to_checkpoint",
         action="store_true",
-        help="make a MODEL_DIR for TrainRun.init_from; its parameters are float32",
+        help="make a MODEL_DIR, to train from; float32",
     )
-    command.add_argument("--dtype", help="float32, bfloat16 or float16; the source's by default")
+    command.add_argument("--dtype", help="float32, bfloat16, float16; the source's by default")
     command.add_argument(
         "--max_shard_bytes",
         type=int,
         metavar="N",
-        help="of the tensors of one file; 5e9 by default",
+        help="bytes of tensors in a file; 5e9 by default",
     )
 
 

@@ -11,10 +11,12 @@ from aquila_jax.errors import UserError
 if TYPE_CHECKING:
     from aquila_jax.data import TextFiles
 
+_EXAMPLE = "aquila data prepare --to data/cache --sequence_length 4096"
+
 # Settings of `TextData` that decide what a cache holds.
 _SETTINGS = (
-    ("text_dir", str, "folder the two text packages are unpacked in"),
-    ("tokenizer_path", str, "*.model, trained where it is absent, or a pretrained model's"),
+    ("text_dir", str, "where the demonstration's texts are"),
+    ("tokenizer_path", str, "*.model (trained if absent), or a model's own"),
     ("vocab_size", int, "number of ids of the tokenizer"),
     ("sequence_length", int, "tokens of a row"),
 )
@@ -22,15 +24,17 @@ _SETTINGS = (
 
 def add_to(commands: Any) -> None:
     """Declare the command."""
-    summary = "tokenize and pack text once, to be read by random access"
-    command = commands.add_parser("data", help=summary, description=summary, allow_abbrev=False)
+    summary = "tokenize and pack text once, for long runs"
+    command = commands.add_parser(
+        "data", help=summary, description=f"{summary.capitalize()}.", epilog=f"example: {_EXAMPLE}"
+    )
     actions = command.add_subparsers(title="commands", required=True, metavar="COMMAND")
     prepare = add_command(
         actions,
         "prepare",
         _prepare,
         summary,
-        example="aquila data prepare --to data/cache --sequence_length 4096",
+        example=_EXAMPLE,
     )
     prepare.add_argument(
         "--to", dest="target", required=True, metavar="DIR", help="the directory to make"
@@ -40,10 +44,11 @@ def add_to(commands: Any) -> None:
         action="append",
         default=[],
         metavar="NAME=LANGUAGE:PATTERN",
-        help="your own text, as web=en:/data/web/*.jsonl; may be repeated",
+        help="own text: web=en:/data/*.jsonl. Repeatable",
     )
     for name, kind, words in _SETTINGS:
-        prepare.add_argument(f"--{name}", type=kind, help=words)
+        metavar = "N" if kind is int else "PATH"
+        prepare.add_argument(f"--{name}", type=kind, metavar=metavar, help=words)
 
 
 def _prepare(arguments: argparse.Namespace, bindings: list[str]) -> int:

@@ -14,13 +14,18 @@ if TYPE_CHECKING:
 
 def add_to(commands: Any) -> None:
     """Declare the command."""
-    summary = "a model on texts and tasks, or a run's newest checkpoint on its validation text"
-    command = add_command(commands, "eval", _evaluate, summary)
+    command = add_command(
+        commands,
+        "eval",
+        _evaluate,
+        "measure a model on texts and tasks, or a run",
+        example="aquila eval smollm2 --text en=news.txt --suite packaged",
+    )
     command.add_argument(
         "model",
         nargs="?",
         metavar="MODEL",
-        help="a Hugging Face directory, a GGUF file or a MODEL_DIR; or give --gin_file",
+        help="Hugging Face directory, GGUF file or MODEL_DIR",
     )
     add_model_flags(command, positional=False)
     add_measure_flags(command)

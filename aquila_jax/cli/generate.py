@@ -30,24 +30,34 @@ def add_to(commands: Any) -> None:
         "continue a prompt",
         example='aquila generate models/smollm2 --prompt "The capital of France is"',
     )
-    generate.add_argument("--prompt", help="the text to continue; standard input by default")
+    generate.add_argument(
+        "--prompt", metavar="TEXT", help="what to continue; standard input by default"
+    )
     chat = add_command(
         commands, "chat", _chat, "talk to a model", example="aquila chat models/smollm2"
     )
-    chat.add_argument("--system", help="a message of the system, before the conversation")
+    chat.add_argument("--system", metavar="TEXT", help="a message before the conversation")
     for command in (generate, chat):
         add_model_flags(command)
         _add_sampling_flags(command)
 
 
 def _add_sampling_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--max_new_tokens", type=int, default=256, metavar="N")
-    command.add_argument("--temperature", type=float, default=0.0, help="0, greedy, by default")
-    command.add_argument("--top_k", type=int, default=0, metavar="K")
-    command.add_argument("--top_p", type=float, default=1.0, metavar="P")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="256")
+    command.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, greedy")
     command.add_argument(
-        "--stop", action="append", default=[], help="a string that ends the text; may be repeated"
+        "--top_k", type=int, default=0, metavar="K", help="of the K likeliest; 0 is all"
+    )
+    command.add_argument(
+        "--top_p", type=float, default=1.0, metavar="P", help="of the likeliest with this sum; 1"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn; 0")
+    command.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="ends the answer. Repeatable",
     )
 
 

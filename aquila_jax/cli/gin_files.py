@@ -31,25 +31,28 @@ def add_gin_flags(command: argparse.ArgumentParser, *, is_required: bool) -> Non
         action="append",
         default=[],
         required=is_required,
-        help="a gin file; may be repeated",
+        metavar="FILE",
+        help="describes a run. Repeatable, later ones win",
     )
     command.add_argument(
         "--gin_search_paths",
         action="append",
         default=[],
-        help="where gin files and their includes are looked for; may be repeated",
+        metavar="DIR",
+        help="where gin files are looked for, too. Repeatable",
     )
     command.add_argument(
         "--allow_imports",
         action="store_true",
-        help="let gin files import Python modules, which run as they are imported",
+        help="let gin files import, that is run, Python modules",
     )
     command.add_argument(
         "--dry_run",
         action="store_true",
-        help="check bindings and shapes, print the operative configuration, run nothing",
+        help="check bindings and shapes, print them, run nothing",
     )
-    command.epilog = "Any binding of the gin files can be changed: --gin.NAME=VALUE"
+    # Not declared: which names there are is known when the files are read.
+    command.description = f"{command.description} Any binding: --gin.NAME=VALUE."
 
 
 def with_run(

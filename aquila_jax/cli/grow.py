@@ -11,21 +11,23 @@ from aquila_jax.errors import UserError
 
 def add_to(commands: Any) -> None:
     """Declare the command."""
-    summary = "grow a stage's first checkpoint from its parent, and stop"
-    command = add_command(commands, "grow", _grow, summary)
+    command = add_command(
+        commands,
+        "grow",
+        _grow,
+        "make a larger model, from disk to disk or for a run",
+        example="aquila grow --from 7b --to 16b --gin_file=gin_configs/growth/isometric.gin \\\n"
+        "    --gin.target.embed_dim=5120 --gin.target.num_heads=40",
+    )
     add_gin_flags(command, is_required=False)
     command.add_argument(
         "--from",
         dest="source",
         metavar="DIR",
-        help="grow from disk to disk: a Hugging Face directory or a MODEL_DIR",
+        help="Hugging Face directory or MODEL_DIR",
     )
     command.add_argument("--to", dest="target", metavar="DIR", help="the directory to make")
-    command.add_argument("--dtype", help="float32, bfloat16 or float16; the source's by default")
-    command.epilog = (
-        "example: aquila grow --from 7b --to 16b --gin_file=gin_configs/growth/isometric.gin "
-        "--gin.target.embed_dim=5120 --gin.target.num_heads=40"
-    )
+    command.add_argument("--dtype", help="float32, bfloat16, float16; the source's by default")
 
 
 def _grow(arguments: argparse.Namespace, bindings: list[str]) -> int:

@@ -18,9 +18,9 @@ def add_to(commands: Any) -> None:
         commands,
         "lm_eval",
         _lm_eval,
-        "lm-evaluation-harness with --model aquila; flags are those of lm_eval",
-        example="aquila lm_eval --model aquila --model_args pretrained=models/smollm2 "
-        "--tasks arc_easy",
+        "lm-evaluation-harness with our models; its own flags",
+        example="aquila lm_eval --model aquila --model_args pretrained=models/smollm2 \\\n"
+        "    --tasks arc_easy",
     )
     # Every flag is the harness's own; `main` leaves here what it does not know.
     command.set_defaults(passed_on=[])

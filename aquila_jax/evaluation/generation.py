@@ -13,7 +13,7 @@ from aquila_jax.config import ModelConfig
 from aquila_jax.data.pretrained_tokenizer import Tokenizer
 from aquila_jax.errors import UserError
 from aquila_jax.evaluation.sampling import Sampling, choose
-from aquila_jax.evaluation.scoring import placed_on
+from aquila_jax.evaluation.scoring import placed_on, progress
 from aquila_jax.evaluation.stopping import TextStream, check_stops
 from aquila_jax.nn.cache import Cache, extend, prefill, unroll
 from aquila_jax.nn.transformer import Transformer
@@ -110,10 +110,12 @@ class Generator:
             self._stream_of(ids, max_new_tokens, check_stops(stops), stop_at_eos) for ids in encoded
         ]
         by_length = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
-        for start in range(0, len(by_length), self._batch_size):
-            rows = by_length[start : start + self._batch_size]
-            for _ in self._run(rows, encoded, streams, max_new_tokens, sampling):
-                pass
+        with progress("generating", len(by_length)) as bar:
+            for start in range(0, len(by_length), self._batch_size):
+                rows = by_length[start : start + self._batch_size]
+                for _ in self._run(rows, encoded, streams, max_new_tokens, sampling):
+                    pass
+                bar.update(len(rows))
         return [Completion(stream.text, tuple(stream.ids), stream.reason) for stream in streams]
 
     def stream(

@@ -98,11 +98,12 @@ class Scorer:
         """
         rows = [self._row(context, continuation) for context, continuation in pairs]
         scores: list[Score | None] = [None] * len(rows)
-        for numbers in self._batches([len(row) for row, _ in rows]):
-            for number, score in zip(
-                numbers, self._score_batch([rows[i] for i in numbers]), strict=True
-            ):
-                scores[number] = score
+        with progress("scoring", len(rows)) as bar:
+            for numbers in self._batches([len(row) for row, _ in rows]):
+                found = self._score_batch([rows[i] for i in numbers])
+                for number, score in zip(numbers, found, strict=True):
+                    scores[number] = score
+                bar.update(len(numbers))
         return [score for score in scores if score is not None]
 
     def score_texts(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
@@ -163,6 +164,13 @@ class Scorer:
             Score(float(sums_B[number]), bool(greedy_B[number]), num_scored)
             for number, (_, num_scored) in enumerate(rows)
         ]
+
+
+def progress(name: str, total: int) -> Any:
+    """A bar on standard error after a second, where someone watches; nothing elsewhere."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=name, unit="text", delay=1, leave=False, disable=None)
 
 
 def placed_on(layout: Layout | None, params: Any, config: ModelConfig, *, batch_size: int) -> Any:
