@@ -211,7 +211,8 @@ def test_unknown_flags_and_commands_exit_with_2():
 
 
 def test_help_needs_no_jax():
-    code = "import sys; from aquila_jax import cli; cli.make_parser(); print('tensorflow' in sys.modules)"
+    code = "import sys; from aquila_jax.cli import make_parser as make; make(); "
+    code += "print('tensorflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
