@@ -53,6 +53,13 @@ def is_model_dir(path: Path) -> bool:
     return (path / "checkpoints").is_dir()
 
 
+def has_tokenizer(path: Path) -> bool:
+    """Whether a MODEL_DIR holds a tokenizer; of other models it is taken for granted."""
+    from aquila_jax.data.pretrained_tokenizer import TOKENIZER_DIR
+
+    return not is_model_dir(path) or (path / TOKENIZER_DIR).is_dir()
+
+
 def open_model(path: Path) -> Any:
     """A MODEL_DIR or a Hugging Face directory, to be read by slices."""
     if is_model_dir(path):
@@ -126,7 +133,7 @@ def load_model(path: str, *, tokenizer: str | None) -> tuple[Any, "ModelConfig",
     from aquila_jax.data.pretrained_tokenizer import open_tokenizer
 
     where = Path(path)
-    if is_model_dir(where) and tokenizer is None:
+    if tokenizer is None and not has_tokenizer(where):
         raise UserError(f"{path} holds no tokenizer: name the one of its run with --tokenizer")
     opened_tokenizer = open_tokenizer(tokenizer or path)
     if not is_model_dir(where):

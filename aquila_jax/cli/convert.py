@@ -82,10 +82,18 @@ def _convert_to_checkpoint(arguments: argparse.Namespace) -> int:
         )
     if is_model_dir(Path(arguments.source)):
         raise UserError(f"{arguments.source} is a MODEL_DIR already: name it in TrainRun.init_from")
+    from aquila_jax.data.pretrained_tokenizer import open_tokenizer
     from aquila_jax.interop.converting import load_any
     from aquila_jax.training.importing import save_as_parent
 
     params, config = load_any(arguments.source, dtype="float32")
-    save_as_parent(params, config, arguments.target)
+    tokenizer, warning = arguments.source, None
+    try:
+        open_tokenizer(tokenizer)
+    except UserError as error:
+        tokenizer, warning = None, f"warning: no tokenizer goes with the model: {error}"
+    save_as_parent(params, config, arguments.target, tokenizer)
+    if warning:
+        print(warning, file=sys.stderr)
     print(f"{num_parameters(config)}; --gin.INIT_FROM=\"'{arguments.target}'\"")
     return 0

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aquila_jax.cli.command import add_command, is_model_dir, load_model, refuse_bindings
+from aquila_jax.cli.command import add_command, has_tokenizer, load_model, refuse_bindings
 from aquila_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _open(side: str, arguments: argparse.Namespace) -> "Readable":
     """A model of either library."""
     own, other = (Path(getattr(arguments, name)) for name in (side, _other(side)))
     tokenizer = arguments.tokenizer
-    if tokenizer is None and is_model_dir(own) and not is_model_dir(other):
+    if tokenizer is None and not has_tokenizer(own) and has_tokenizer(other):
         tokenizer = str(other)
     if arguments.with_transformers in (side, "both"):
         from aquila_jax.interop.transformers_model import TransformersModel

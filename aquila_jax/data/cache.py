@@ -23,7 +23,8 @@ from tqdm import tqdm
 from aquila_jax.data import sources
 from aquila_jax.data.packing import decode_rows, encode_row, pack
 from aquila_jax.data.pipeline import VALIDATION_SEED, Batch, TextData
-from aquila_jax.data.pretrained_tokenizer import start_id
+from aquila_jax.data.pretrained_tokenizer import TOKENIZER_DIR, start_id
+from aquila_jax.data.tokenizer_files import tokenizer_files, write_tokenizer
 from aquila_jax.errors import UserError
 from aquila_jax.files import write_json
 
@@ -74,6 +75,7 @@ def prepare_cache(data: TextData, path: str | Path) -> None:
         vocab_size=data.vocab_size,
         vocabulary=tokenizer.digest,
         start_id=start_id(tokenizer),
+        tokenizer=tokenizer_files(data.tokenizer_path),
     )
 
 
@@ -85,6 +87,7 @@ def write_cache(
     vocab_size: int,
     vocabulary: str,
     start_id: int = 0,
+    tokenizer: Mapping[str, bytes] | None = None,
 ) -> None:
     """Pack documents and write them as a token cache.
 
@@ -96,6 +99,7 @@ def write_cache(
         vocab_size: ids lie below this.
         vocabulary: digest of the tokenizer.
         start_id: stands before every piece of a document.
+        tokenizer: its files, kept in the cache for models that are trained on it.
 
     Raises:
         UserError: the directory exists, or the disk refuses.
@@ -125,6 +129,7 @@ def write_cache(
             "dtype": dtype.str,
             "parts": written,
         }
+        write_tokenizer(partial / TOKENIZER_DIR, tokenizer or {})
         write_json(partial / INDEX_FILE, index)
         os.rename(partial, path)
     except OSError as error:
@@ -242,6 +247,12 @@ class TokenCache:
     def epoch_rows(self) -> int:
         """Rows that training has, over all sources."""
         return sum(part["rows"] for part in self._index["parts"] if part["split"] == "train")
+
+    @property
+    def tokenizer_path(self) -> str:
+        """Where the tokenizer is that the cache was made with; "" where it keeps none."""
+        kept = Path(self.path, TOKENIZER_DIR)
+        return str(kept) if kept.is_dir() else ""
 
     def prepare(self) -> None:
         """Nothing: the cache was made once."""

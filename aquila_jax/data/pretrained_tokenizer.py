@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     import tokenizers
 
 JSON_FILE = "tokenizer.json"
-_MODEL_FILE = "tokenizer.model"
+MODEL_FILE = "tokenizer.model"
+# Of a MODEL_DIR or a token cache: the tokenizer it was made with.
+TOKENIZER_DIR = "tokenizer"
 # Where the directory of a pretrained model says which of its tokens begin, end and pad a text.
 _SPECIAL_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 _ID_FILES = ("generation_config.json", "config.json")
@@ -65,8 +67,8 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
 
     Args:
         path: a `tokenizer.json`, a sentencepiece model, a GGUF file with byte pairs, or a
-            directory that holds one of them. Which tokens are special is read from the files
-            beside it, too, or from the GGUF file.
+            directory that holds one of them, itself or, as a MODEL_DIR, in `tokenizer/`. Which
+            tokens are special is read from the files beside it, too, or from the GGUF file.
 
     Raises:
         UserError: there is none, it is damaged, nothing says which token ends a text, or the
@@ -106,9 +108,10 @@ def find_tokenizer(path: str | Path) -> Path:
                 f"no tokenizer at {path}: call TextData.prepare(), or set TextData.tokenizer_path"
             )
         return path
-    for name in (JSON_FILE, _MODEL_FILE):
-        if (path / name).is_file():
-            return path / name
+    for folder in (path, path / TOKENIZER_DIR):
+        for name in (JSON_FILE, MODEL_FILE):
+            if (folder / name).is_file():
+                return folder / name
     found = sorted(path.glob("*.model")) or sorted(path.glob(f"*{GGUF}"))
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"

@@ -31,16 +31,20 @@ class Loaded:
     Attributes:
         config: the architecture.
         whole_leaves: that nothing is gained by reading the layers of a leaf in a row.
+        companions: the directory whose tokenizer goes with the model.
 
     Args:
         params: nested parameters of `config`.
         config: the architecture.
+        companions: the directory whose tokenizer goes with the model; None without one.
     """
 
     whole_leaves = False
 
-    def __init__(self, params: Mapping[str, Any], config: ModelConfig) -> None:
-        self.config = config
+    def __init__(
+        self, params: Mapping[str, Any], config: ModelConfig, companions: Path | None = None
+    ) -> None:
+        self.config, self.companions = config, companions
         self._leaves = {path: np.asarray(leaf) for path, leaf in axes.flatten(params).items()}
 
     def dtype(self, path: str) -> np.dtype:
@@ -72,7 +76,9 @@ def open_source(path: str | Path) -> Source:
         UserError: there is none of them, or it is damaged or not supported.
     """
     path = Path(path)
-    return Loaded(*load_gguf(path)) if is_gguf(path) else Directory(path)
+    if not is_gguf(path):
+        return Directory(path)
+    return Loaded(*load_gguf(path), companions=path if path.is_dir() else path.parent)
 
 
 def load_any(
@@ -130,7 +136,7 @@ def convert_files(
         opened.config,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
-        copy_from=_companions(source, opened),
+        copy_from=opened.companions,
     )
     inside = _tokenizer_inside(source)
     with writer:
@@ -179,15 +185,6 @@ def _exact_dtype(source: Source) -> np.dtype:
     return np.dtype(
         jnp.result_type(*{source.dtype(path) for path in axes.parameters(source.config)})
     )
-
-
-def _companions(source: str | Path | Source, opened: Source) -> Path | None:
-    """The directory whose tokenizer goes with the weights."""
-    if isinstance(opened, Directory):
-        return opened.path
-    if isinstance(source, str | Path):
-        return Path(source) if Path(source).is_dir() else Path(source).parent
-    return None
 
 
 def _tokenizer_inside(source: str | Path | Source) -> Mapping[str, bytes]:

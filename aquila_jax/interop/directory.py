@@ -33,6 +33,7 @@ class Directory:
         model_type: its family, as "llama".
         config: its architecture.
         whole_leaves: that a tensor is read without the others of its leaf.
+        companions: where its tokenizer is: the directory.
 
     Raises:
         UserError: naming the file or the tensors that are missing, unknown, damaged, of another
@@ -42,7 +43,7 @@ class Directory:
     whole_leaves = False
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = self.companions = Path(path)
         hub = HubConfig.read(self.path)
         self.model_type = hub.model_type
         self.config = hub.to_model()

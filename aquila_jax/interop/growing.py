@@ -41,6 +41,11 @@ class Source(Protocol):
         """Whether reading one layer of a leaf reads them all, so that it is best read in a row."""
         ...
 
+    @property
+    def companions(self) -> Path | None:
+        """The directory whose tokenizer and chat template go with the model; None without one."""
+        ...
+
     def dtype(self, path: str) -> np.dtype:
         """The dtype of a leaf."""
         ...
@@ -87,7 +92,6 @@ def grow_files(
             it, exists, cannot be expressed or cannot be written. The source is only read.
     """
     opened: Source = Directory(source) if isinstance(source, str | Path) else source
-    companions = opened.path if isinstance(opened, Directory) else None
     plan, certificate = growth.plan(opened.config, target_config)
     if dtype is None:
         dtype = np.dtype(opened.dtype("token_embedder/embedding")).name
@@ -97,7 +101,7 @@ def grow_files(
     if opened.whole_leaves:
         items.sort(key=lambda item: item[0].path)
     content = Content(target_config)
-    options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "copy_from": companions}
+    options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "copy_from": opened.companions}
     writer = Writer(target, target_config, **options, content=content)
     total, done = sum(certificate.num_bytes(leaf) for leaf in certificate.leaves), 0
     with writer:

@@ -6,6 +6,8 @@ import platform
 import jax
 
 from aquila_jax import accounting, axes
+from aquila_jax.data.pretrained_tokenizer import TOKENIZER_DIR
+from aquila_jax.data.tokenizer_files import tokenizer_files, write_tokenizer
 from aquila_jax.files import write_json, write_text
 from aquila_jax.hosts import current
 from aquila_jax.training.agreement import code_digest, versions
@@ -13,7 +15,10 @@ from aquila_jax.training.run import Compiled, TrainRun
 
 
 def describe(run: TrainRun, compiled: Compiled, operative_config: str) -> None:
-    """The files in MODEL_DIR that say what runs: config.gin, model-info.txt, environment.json."""
+    """The files in MODEL_DIR that say what runs, and a copy of the tokenizer.
+
+    That is config.gin, model-info.txt, environment.json and tokenizer/.
+    """
     if not current().is_first:
         return
     if operative_config:
@@ -39,3 +44,5 @@ def describe(run: TrainRun, compiled: Compiled, operative_config: str) -> None:
         "mesh_asked": dataclasses.asdict(run.mesh),
     }
     write_json(run.path / "environment.json", environment)
+    if run.data.tokenizer_path:
+        write_tokenizer(run.path / TOKENIZER_DIR, tokenizer_files(run.data.tokenizer_path))

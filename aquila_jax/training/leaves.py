@@ -8,6 +8,7 @@ import orbax.checkpoint as ocp
 
 from aquila_jax import axes
 from aquila_jax.config import ModelConfig
+from aquila_jax.data.pretrained_tokenizer import TOKENIZER_DIR
 from aquila_jax.errors import UserError
 from aquila_jax.training.checkpoints import CHECKPOINT_DIR, open_existing
 
@@ -18,6 +19,7 @@ class SavedLeaves:
     Attributes:
         config: the architecture.
         whole_leaves: that a leaf is read with all its layers.
+        companions: the directory of its tokenizer; None without one.
 
     Raises:
         UserError: there is no checkpoint, or it cannot be read.
@@ -31,6 +33,8 @@ class SavedLeaves:
             meta = checkpoints.read_meta(step)
         self.config = ModelConfig.from_dict(meta["config"])
         self._directory = Path(model_dir).absolute() / CHECKPOINT_DIR / str(step) / "params"
+        tokenizer = Path(model_dir).absolute() / TOKENIZER_DIR
+        self.companions = tokenizer if tokenizer.is_dir() else None
         self._parameters = axes.parameters(self.config)
         self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         self._held: dict[str, np.ndarray] = {}

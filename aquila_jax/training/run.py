@@ -1,9 +1,9 @@
 """What a training run is: its settings, and the checks that need no parameters."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from aquila_jax.nn.moe import DEFAULT_DISPATCH
 from aquila_jax.nn.transformer import REMAT_POLICIES
 from aquila_jax.sharding import Layout, MeshShape
 from aquila_jax.training.assignment import Assignment, assign, check_map
+from aquila_jax.training.batches import Data
 from aquila_jax.training.checkpoints import CHECKPOINT_DIR, open_existing
 from aquila_jax.training.guard import Guard
 from aquila_jax.training.keeping import Keep
@@ -44,48 +45,6 @@ _AT_LEAST_ONE = (
     "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "log_every",
     "micro_batches",
 )  # fmt: skip
-
-NumpyBatch = dict[str, np.ndarray]
-
-
-class Data(Protocol):
-    """What a run needs of its data; `aquila_jax.data.TextData` is one."""
-
-    @property
-    def batch_size(self) -> int:
-        """B, rows of a batch."""
-        ...
-
-    @property
-    def sequence_length(self) -> int:
-        """T, tokens of a row."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids lie below this."""
-        ...
-
-    def prepare(self) -> None:
-        """Make what is made once, or raise `UserError` for what is missing."""
-        ...
-
-    def identity(self) -> Mapping[str, str]:
-        """Digests of `vocabulary`, what ids mean, and of `order`, which batch comes when."""
-        ...
-
-    def train_batches(
-        self, start: int = 0, *, rows: Sequence[int] | None = None
-    ) -> Iterator[NumpyBatch]:
-        """Endless batches, the same for the same seed, beginning with number `start`.
-
-        Of each the given `rows`, in their order; all of them by default.
-        """
-        ...
-
-    def validation_batches(self, num_batches: int) -> Mapping[str, list[NumpyBatch]]:
-        """Fixed batches of held-out text, by language."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,12 +18,12 @@ from aquila_jax.growth import Certificate, GrowthResult, apply_plan
 from aquila_jax.growth.compose import Plan
 from aquila_jax.growth.optimizer_state import grow_moments
 from aquila_jax.training import settings
+from aquila_jax.training.batches import Data
 from aquila_jax.training.checkpoints import Checkpoints
 from aquila_jax.training.ledger import Ledger, Stage
 from aquila_jax.training.parent import Parent, open_parent, refuse_moments, restore_assigned
 from aquila_jax.training.run import (
     Compiled,
-    Data,
     TrainRun,
     abstract_params,
     differences,

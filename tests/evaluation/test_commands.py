@@ -8,7 +8,10 @@ import pytest
 import tokenizers
 
 from aquila_jax import cli, save_hf
+from aquila_jax.data import TokenCache, open_tokenizer, write_cache
+from aquila_jax.data.tokenizer_files import tokenizer_files
 from aquila_jax.reports.verdicts import read_comparisons
+from aquila_jax.training import AdamW, Cosine, TrainRun, train
 
 LETTERS = [chr(i) for i in range(ord("A"), ord("A") + 26)] + [" ", "\n", ".", "?"]
 
@@ -119,3 +122,39 @@ def test_mistakes_are_one_line(capsys, arguments, says):
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+def test_a_run_keeps_the_tokenizer_it_began_with(capsys, models, tiny):
+    """From a model to a run, and on: none of the commands asks where the tokenizer is."""
+    text = ("--text", "text.txt")
+    assert cli.main(["convert", "--from", "one", "--to", "parent", "--to_checkpoint"]) == 0
+    capsys.readouterr()
+    expected = output(capsys, "eval", "one", *text)
+    assert output(capsys, "eval", "parent", *text)[-1] == expected[-1]
+    files = tokenizer_files("one")
+    tokenizer = open_tokenizer("one")
+    documents = [tokenizer.encode("A LINE OF TEXT.\n")] * 40
+    write_cache(
+        models / "cache",
+        {("train", "en"): documents, ("validation", "en"): documents},
+        sequence_length=16,
+        vocab_size=tiny.vocab_size,
+        vocabulary=tokenizer.digest,
+        tokenizer=files,
+    )
+    run = TrainRun(
+        model_dir="run", model=tiny, data=TokenCache("cache", batch_size=8), steps=1,
+        eval_batches=1, init_from="parent", optimizer=AdamW(Cosine(peak=1e-3, warmup_steps=0)),
+    )  # fmt: skip
+    assert "not known" not in train_and_say(run, capsys)
+    assert len(output(capsys, "eval", "run", *text)) == len(expected)
+    assert cli.main(["convert", "--from", "run", "--to", "exported"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert open_tokenizer("exported").digest == tokenizer.digest
+    assert tokenizer_files("exported")["tokenizer_config.json"] == files["tokenizer_config.json"]
+
+
+def train_and_say(run, capsys):
+    train(run)
+    printed = capsys.readouterr()
+    return printed.out + printed.err

@@ -39,11 +39,15 @@ WEIGHED = {"shared_mlp_dim": 18, "shared_expert_gate": True}
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
 CONFIGS = {
     "llama": DENSE,
+    "llama, odd heads": dataclasses.replace(
+        DENSE, embed_dim=45, num_heads=9, num_kv_heads=3, head_dim=10
+    ),
     "llama, tied, wide heads": dataclasses.replace(DENSE, head_dim=8, tie_embeddings=True),
     "qwen2": dataclasses.replace(DENSE, qkv_bias=True, norm_eps=1e-3),
     "qwen2, odd heads": dataclasses.replace(DENSE, qkv_bias=True, embed_dim=22),
     "qwen2, tied": dataclasses.replace(DENSE, qkv_bias=True, tie_embeddings=True),
     "mistral": dataclasses.replace(DENSE, embed_dim=22),
+    "mistral, one key head": dataclasses.replace(DENSE, num_heads=5, num_kv_heads=1),
     "mixtral": dataclasses.replace(DENSE, num_experts=4, experts_per_token=2),
     "mixtral, wide heads": dataclasses.replace(
         DENSE, num_experts=5, experts_per_token=3, head_dim=8
@@ -130,9 +134,9 @@ def their_config(config: ModelConfig, model_type: str):
     return transformers.AutoConfig.for_model(model_type, **options)
 
 
-def their_logits(model) -> np.ndarray:
+def their_logits(model, tokens: np.ndarray = TOKENS) -> np.ndarray:
     with torch.no_grad():
-        return model.eval()(torch.from_numpy(TOKENS)).logits.numpy()
+        return model.eval()(torch.from_numpy(tokens)).logits.numpy()
 
 
 def their_random_model(config: ModelConfig, model_type: str):
@@ -170,6 +174,25 @@ def test_what_we_save_transformers_reads(tmp_path, random_params, model_logits, 
     assert not any(report.values()), report
     ours = model_logits(config, params, jax.numpy.asarray(TOKENS))
     np.testing.assert_allclose(ours, their_logits(model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama, odd heads", "llama, linear", "llama, llama3", "qwen2, odd heads", "mistral",
+        "qwen3", "mixtral", "qwen2_moe", "qwen3_moe",
+    ],
+)  # fmt: skip
+def test_a_text_of_more_than_2048_tokens_gives_the_same_logits(tmp_path, model_logits, name):
+    config = dataclasses.replace(CONFIGS[name], context_length=4096, rope_theta=10_000.0)
+    tokens = np.random.default_rng(1).integers(config.vocab_size, size=(1, 2100))
+    model = their_random_model(config, name.split(",")[0])
+    model.save_pretrained(tmp_path)
+    params, read = load_hf(tmp_path)
+    assert read == config
+    theirs = their_logits(model, tokens)
+    ours = model_logits(config, params, jax.numpy.asarray(tokens))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-4 * np.abs(theirs).max())
 
 
 def test_a_dense_qwen3_becomes_a_qwen3_moe_that_computes_the_same(tmp_path):

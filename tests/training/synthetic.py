@@ -32,6 +32,7 @@ class Counting:
     sequence_length: int = 16
     vocab_size: int = 32
     seed: int = 0
+    tokenizer_path: str = ""
 
     def prepare(self) -> None:
         pass

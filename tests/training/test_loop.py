@@ -66,6 +66,7 @@ class _StopAt:
         self.number, self.signum, self.inner = number, signum, Counting()
         self.batch_size, self.sequence_length = 8, 16
         self.vocab_size = 32
+        self.tokenizer_path = ""
 
     def prepare(self):
         pass
