@@ -47,6 +47,9 @@ def add_to(commands: Any) -> None:
         metavar="N",
         help="bytes of tensors in a file; 5e9 by default",
     )
+    command.add_argument(
+        "--family", help="to write the model as, as qwen2_moe; the smallest by default"
+    )
 
 
 def _convert(arguments: argparse.Namespace, bindings: list[str]) -> int:
@@ -56,7 +59,7 @@ def _convert(arguments: argparse.Namespace, bindings: list[str]) -> int:
     from aquila_jax.interop.converting import convert_files
 
     source = Path(arguments.source)
-    options = {"max_shard_bytes": arguments.max_shard_bytes, "dtype": arguments.dtype}
+    options = {name: getattr(arguments, name) for name in ("max_shard_bytes", "dtype", "family")}
     with byte_bar(Path(arguments.target).name) as progress:
         config = convert_files(
             open_model(source) if is_model_dir(source) else source,
@@ -75,10 +78,11 @@ def _convert(arguments: argparse.Namespace, bindings: list[str]) -> int:
 
 
 def _convert_to_checkpoint(arguments: argparse.Namespace) -> int:
-    if arguments.dtype not in (None, "float32") or arguments.max_shard_bytes is not None:
+    beyond = (arguments.max_shard_bytes, arguments.family)
+    if arguments.dtype not in (None, "float32") or any(flag is not None for flag in beyond):
         raise UserError(
-            "a MODEL_DIR's parameters are float32, in files of Orbax's choice: leave --dtype and "
-            "--max_shard_bytes out with --to_checkpoint"
+            "a MODEL_DIR's parameters are float32, in files of Orbax's choice: leave --dtype, "
+            "--max_shard_bytes and --family out with --to_checkpoint"
         )
     if is_model_dir(Path(arguments.source)):
         raise UserError(f"{arguments.source} is a MODEL_DIR already: name it in TrainRun.init_from")

@@ -19,6 +19,7 @@ from aquila_jax.interop.directory import Directory
 from aquila_jax.interop.gguf_file import find_gguf, load_gguf
 from aquila_jax.interop.growing import Source
 from aquila_jax.interop.huggingface import load_hf
+from aquila_jax.interop.idle_expert import WithIdleExpert, as_family
 from aquila_jax.interop.writer import MAX_SHARD_BYTES, Writer
 
 # Tensors under way at once.
@@ -106,6 +107,7 @@ def convert_files(
     *,
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    family: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ModelConfig:
     """Write a model as a new Hugging Face directory, in memory for a few tensors at a time.
@@ -119,16 +121,20 @@ def convert_files(
         target: the directory to make; it must not exist.
         dtype: of the tensors written; None is the narrowest that holds the source's exactly.
         max_shard_bytes: how large the tensors of one file may be together.
+        family: to write the model as; None is the smallest that can say it. See `save_hf`.
         progress: called with the bytes written so far and in all, after every tensor.
 
     Returns:
-        The architecture.
+        The architecture that was written.
 
     Raises:
         UserError: the source is damaged, or the target exists, cannot be expressed or cannot be
             written. The source is only read.
     """
     opened = open_source(source) if isinstance(source, str | Path) else source
+    written = as_family(opened.config, family)
+    if written != opened.config:
+        opened = WithIdleExpert(opened, written)
     if dtype is None:
         dtype = _exact_dtype(opened)
     writer = Writer(

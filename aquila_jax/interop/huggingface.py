@@ -15,6 +15,7 @@ from aquila_jax.config import ModelConfig
 from aquila_jax.errors import UserError
 from aquila_jax.interop import arrays, layout
 from aquila_jax.interop.directory import Directory
+from aquila_jax.interop.idle_expert import as_family, idle_leaves
 from aquila_jax.interop.writer import MAX_SHARD_BYTES, Writer
 
 # Each worker of a save holds one tensor, so there are few.
@@ -128,6 +129,7 @@ def save_hf(
     dtype: DTypeLike = "bfloat16",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     copy_from: str | Path | None = None,
+    family: str | None = None,
 ) -> None:
     """Write a model as a Hugging Face directory that is whole or absent.
 
@@ -143,13 +145,20 @@ def save_hf(
         dtype: of the tensors: float32, bfloat16 or float16.
         max_shard_bytes: how large the tensors of one file may be together.
         copy_from: a directory to copy tokenizer, generation configuration and chat template from.
+        family: to write the model as; None is the smallest. "qwen2_moe" takes mixtures with biases
+            alone, too, with a shared expert of zeros and of width 1 beside theirs: so
+            `transformers` itself loads them.
 
     Raises:
         UserError: `path` exists, cannot be written or has too little space, `params` are not
-            those of `config`, or no family can express it.
+            those of `config`, or no family can express it, or not `family`.
     """
     flat = {name: _on_host(leaf) for name, leaf in axes.flatten(params).items()}
     _check_params(flat, config)
+    written = as_family(config, family)
+    for name, shape in idle_leaves(config, written).items():
+        flat[name] = np.zeros(shape, np.float32)
+    config = written
     writer = Writer(path, config, dtype=dtype, max_shard_bytes=max_shard_bytes, copy_from=copy_from)
 
     def write(item: layout.Slice) -> None:

@@ -195,6 +195,18 @@ def test_a_text_of_more_than_2048_tokens_gives_the_same_logits(tmp_path, model_l
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-4 * np.abs(theirs).max())
 
 
+def test_a_mixture_with_biases_is_loaded_as_one_of_qwen2(tmp_path, random_params, model_logits):
+    config = dataclasses.replace(CONFIGS["mixtral"], qkv_bias=True)
+    params = random_params(config)
+    save_hf(params, config, tmp_path / "model", dtype="float32", family="qwen2_moe")
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(report.values()), report
+    ours = model_logits(config, params, jax.numpy.asarray(TOKENS))
+    np.testing.assert_allclose(ours, their_logits(model), rtol=0, atol=1e-4)
+
+
 def test_a_dense_qwen3_becomes_a_qwen3_moe_that_computes_the_same(tmp_path):
     model = their_random_model(CONFIGS["qwen3, tied, llama3"], "qwen3")
     model.save_pretrained(tmp_path / "dense")
