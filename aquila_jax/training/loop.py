@@ -11,8 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from aquila_jax.data.pretrained_tokenizer import open_tokenizer
 from aquila_jax.errors import UserError
-from aquila_jax.evaluation.perplexity import make_eval_step, validation_losses
+from aquila_jax.evaluation.perplexity import (
+    bits_per_byte,
+    bytes_per_token,
+    make_eval_step,
+    validation_losses,
+)
 from aquila_jax.hosts import current
 from aquila_jax.nn.moe.health import expert_similarity
 from aquila_jax.training import settings
@@ -176,6 +182,8 @@ class _Session:
         self.similarity = jax.jit(expert_similarity)
         self.schedule = run.optimizer.schedule.build(steps)
         self.validation: Mapping[str, list[Any]] = {}
+        # By language, where the tokenizer is known.
+        self.bytes_per_token: Mapping[str, float] = {}
         # When tokens per second were last counted from, and the stage's tokens by then.
         self.logged = (time.monotonic(), start.ledger.current.tokens)
         # Seconds already in the ledger are taken off, so that a resumed run counts on.
@@ -191,9 +199,13 @@ class _Session:
 
     def run_to_end(self, asked: Sequence[int]) -> Ledger:
         """Every step that is left, or, once `asked` holds a signal, the one under way; saves."""
+        validation = self.run.data.validation_batches(self.run.eval_batches)
+        if self.run.data.tokenizer_path:
+            tokenizer = open_tokenizer(self.run.data.tokenizer_path)
+            self.bytes_per_token = bytes_per_token(tokenizer, validation)
         self.validation = {
             language: [self._place(batch) for batch in batches]
-            for language, batches in self.run.data.validation_batches(self.run.eval_batches).items()
+            for language, batches in validation.items()
         }
         if self.ledger.current.validation_start is None and not self.ledger.current.steps:
             self._validate()
@@ -340,6 +352,8 @@ class _Session:
         row: dict[str, Any] = {
             f"loss_{name}": loss for name, loss in losses.items() if name != "mean"
         }
+        for name, size in self.bytes_per_token.items():
+            row[f"bits_per_byte_{name}"] = bits_per_byte(losses[name], size)
         if self.run.model.is_moe:
             similarity_L = _plain(jax.device_get(self.similarity(self.state.params)))
             row["expert_similarity"] = sum(similarity_L) / len(similarity_L)

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import math
 
 import pytest
 import tokenizers
@@ -22,6 +23,7 @@ def models(tmp_path_factory, tiny, random_params):
     root = tmp_path_factory.mktemp("models")
     vocabulary = {"<end>": 0, **{letter: i for i, letter in enumerate(LETTERS, start=1)}}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.decoder = tokenizers.decoders.Fuse()
     tokenizer.add_special_tokens(["<end>"])
     for seed, name in enumerate(("one", "two")):
         save_hf(random_params(tiny, seed=seed), tiny, root / name, dtype="float32")
@@ -147,6 +149,10 @@ def test_a_run_keeps_the_tokenizer_it_began_with(capsys, models, tiny):
         eval_batches=1, init_from="parent", optimizer=AdamW(Cosine(peak=1e-3, warmup_steps=0)),
     )  # fmt: skip
     assert "not known" not in train_and_say(run, capsys)
+    rows = [json.loads(line) for line in (models / "run/metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if row["split"] == "validation"][-1]
+    # A letter is a token here, and a byte.
+    assert last["bits_per_byte_en"] == pytest.approx(last["loss_en"] / math.log(2))
     assert len(output(capsys, "eval", "run", *text)) == len(expected)
     assert cli.main(["convert", "--from", "run", "--to", "exported"]) == 0
     assert "warning" not in capsys.readouterr().err
