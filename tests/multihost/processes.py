@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# In all; however many processes share them, the mesh is the same.
+# Of a process that is alone. Of several each has one device and one of XLA's threads: with more,
+# collectives start in an order that differs from process to process, and Gloo can wait for ever.
 NUM_DEVICES = 4
 PATIENCE = 600.0
 
@@ -32,12 +33,12 @@ class Process:
         self, directory: Path, index: int, count: int, port: int, arguments: Sequence[str],
         environ: dict[str, str],
     ) -> None:  # fmt: skip
-        devices = NUM_DEVICES // count if NUM_DEVICES % count == 0 else 1
+        devices, threads = (1, 1) if count > 1 else (NUM_DEVICES, 16)
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "NPROC": "16",  # see tests/conftest.py
+            "NPROC": str(threads),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
             "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
             "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "compiled"),
