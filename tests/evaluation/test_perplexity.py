@@ -10,6 +10,8 @@ from aquila_jax.evaluation import validation_losses
 from aquila_jax.evaluation.perplexity import bits_per_byte, bytes_per_token, make_eval_step
 from aquila_jax.nn.losses import WeightedSum
 
+from .letters import Letters
+
 
 def test_tokens_weigh_alike_within_a_language_and_languages_alike_in_the_mean():
     def eval_step(params, batch):
@@ -43,10 +45,11 @@ def test_the_loss_is_the_negative_log_likelihood_of_targets_that_count(
     assert losses["en"] == losses["mean"] == pytest.approx(total / count, rel=1e-5)
 
 
-class _Bytes:
+class _Bytes(Letters):
     """Ids 3 and up are bytes, some more are 0, 1 and 2."""
 
-    pad_id, eos_id, bos_id = 0, 1, 2
+    pad_id, eos_id = 0, 1
+    bos_id: int | None = 2
 
     def decode(self, ids):
         return bytes(i - 3 for i in ids).decode(errors="replace")
