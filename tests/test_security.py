@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path(aquila_jax.__file__).parent
 # A compiled step is a program, by JAX's own pickle; it is loaded where TrainRun.compiled_step asks.
 # HumanEval's answers are programs, run where --run_code asks, in a process that has limits.
+# A seqio task is registered by a program, which runs where --seqio_module names it.
 PROGRAMS = {
+    PACKAGE / "data" / "task_texts.py",
     PACKAGE / "training" / "saved_step.py",
     PACKAGE / "evaluation" / "limited.py",
 }

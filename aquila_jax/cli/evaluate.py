@@ -40,7 +40,7 @@ def _evaluate(arguments: argparse.Namespace, bindings: list[str]) -> int:
     refuse_bindings("eval of a MODEL", bindings)
     check_measures(arguments)
     model = load_model(arguments.model, tokenizer=arguments.tokenizer)
-    if arguments.text:
+    if arguments.text or arguments.seqio:
         print("text\ttokens\tbytes\tnats per token\tperplexity\tbits per byte")
         for name, loss in measure_texts(model, arguments).items():
             print(
@@ -48,7 +48,7 @@ def _evaluate(arguments: argparse.Namespace, bindings: list[str]) -> int:
                 f"{loss.perplexity:.3f}\t{loss.bits_per_byte:.4f}"
             )
     if arguments.task or arguments.suite:
-        arguments.text = []
+        arguments.text = arguments.seqio = []
         print("task\tquestions\taccuracy")
         for name, found in measure(model, arguments).items():
             print(f"{name.removesuffix(', accuracy')}\t{len(found.values)}\t{found.mean:.4f}")

@@ -32,6 +32,16 @@ def add_measure_flags(command: argparse.ArgumentParser) -> None:
         help="JSONL: context, choices, answer. Repeatable",
     )
     command.add_argument(
+        "--seqio",
+        action="append",
+        default=[],
+        metavar="NAME[/SPLIT]",
+        help="a seqio task, or a mixture; its validation split by default. May be repeated",
+    )
+    command.add_argument(
+        "--seqio_module", default="", metavar="MODULE", help="is run, and registers the tasks"
+    )
+    command.add_argument(
         "--suite",
         metavar="NAME",
         help="packaged (tasks from a package) or paper (its table)",
@@ -58,16 +68,23 @@ def add_measure_flags(command: argparse.ArgumentParser) -> None:
 
 
 def measure_texts(model: tuple[Any, ...], arguments: argparse.Namespace) -> dict[str, "TextLoss"]:
-    """A model on every text, each read as a whole in sliding windows.
+    """A model on every text, each read as a whole in sliding windows, and every seqio task.
 
     Raises:
-        UserError: a file is absent, empty or not valid.
+        UserError: a file is absent, empty or not valid, or there is no such task.
     """
-    from aquila_jax.evaluation.windows import read_text, text_losses
+    from aquila_jax.evaluation.windows import read_text, text_losses, total_loss
 
     texts = {name: read_text(path) for name, path in _named(arguments.text).items()}
-    losses = text_losses(_scorer(model, arguments), [*texts.values()], stride=arguments.stride)
-    return dict(zip(texts, losses, strict=True))
+    tasks = _task_texts(arguments)
+    scorer = _scorer(model, arguments)
+    losses = text_losses(scorer, [*texts.values()], stride=arguments.stride)
+    found = dict(zip(texts, losses, strict=True))
+    for name, (contexts, parts) in tasks.items():
+        found[name] = total_loss(
+            text_losses(scorer, parts, stride=arguments.stride, contexts=contexts)
+        )
+    return found
 
 
 def measure(model: tuple[Any, ...], arguments: argparse.Namespace) -> dict[str, "Results"]:
@@ -83,12 +100,15 @@ def measure(model: tuple[Any, ...], arguments: argparse.Namespace) -> dict[str, 
     check_measures(arguments)
     texts = _named(arguments.text)
     # Everything is read before anything is measured: mistakes cost no hours.
-    items = {name: pieces(read_text(path))[: arguments.limit] for name, path in texts.items()}
+    items: dict[str, tuple[list[str] | None, list[str]]] = {
+        name: (None, pieces(read_text(path))[: arguments.limit]) for name, path in texts.items()
+    }
+    items |= _task_texts(arguments)
     questions = _questions(arguments)
     scorer = _scorer(model, arguments)
     results = {}
-    for name, parts in items.items():
-        losses = text_losses(scorer, parts, stride=arguments.stride)
+    for name, (contexts, parts) in items.items():
+        losses = text_losses(scorer, parts, stride=arguments.stride, contexts=contexts)
         results[f"{name}, bits per byte"] = Results(
             [loss.bits_per_byte for loss in losses],
             [loss.num_bytes for loss in losses],
@@ -108,8 +128,8 @@ def check_measures(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: nothing is.
     """
-    if not (arguments.text or arguments.task or arguments.suite):
-        raise UserError("nothing to measure on: give --text, --task or --suite")
+    if not (arguments.text or arguments.seqio or arguments.task or arguments.suite):
+        raise UserError("nothing to measure on: give --text, --seqio, --task or --suite")
 
 
 def _questions(arguments: argparse.Namespace) -> dict[str, "list[Question]"]:
@@ -150,6 +170,23 @@ def _scorer(model: tuple[Any, ...], arguments: argparse.Namespace) -> "Scorer":
         max_length=arguments.max_length,
         layout=layout,
     )
+
+
+def _task_texts(arguments: argparse.Namespace) -> dict[str, tuple[list[str] | None, list[str]]]:
+    """Contexts and texts of the seqio tasks, by name."""
+    if not arguments.seqio:
+        return {}
+    from aquila_jax.data.task_texts import read_task_texts
+
+    found: dict[str, tuple[list[str] | None, list[str]]] = {}
+    for given in arguments.seqio:
+        name, _, split = given.partition("/")
+        examples = read_task_texts(
+            name, split or "validation", arguments.seqio_module, arguments.limit
+        )
+        contexts = [example.context for example in examples]
+        found[given] = (contexts if any(contexts) else None, [e.text for e in examples])
+    return found
 
 
 def _named(given: list[str]) -> dict[str, Path]:

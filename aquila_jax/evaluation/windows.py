@@ -71,7 +71,12 @@ def pieces(text: str, *, length: int = 2000) -> list[str]:
 
 
 def windows(
-    ids: Sequence[int], *, start_id: int, length: int, stride: int
+    ids: Sequence[int],
+    *,
+    start_id: int,
+    length: int,
+    stride: int,
+    context: Sequence[int] = (),
 ) -> Iterator[tuple[list[int], list[int]]]:
     """A text as pairs of context and continuation, in which every token is scored once.
 
@@ -81,14 +86,15 @@ def windows(
         length: tokens that the model reads at once.
         stride: tokens scored in each window; the rest of it is context. `length` is no overlap:
             faster, and with less context for the first tokens of a window.
+        context: what is given before the text, and not scored.
 
     Raises:
         UserError: the stride is not between 1 and the length.
     """
     if not 1 <= stride <= length:
         raise UserError(f"stride must lie between 1 and {length}, not {stride}")
-    text = [start_id, *ids]
-    done = 1
+    text = [start_id, *context, *ids]
+    done = 1 + len(context)
     while done < len(text):
         # The first window has nothing to go on, so it scores all that it reads.
         end = min(done + (length if done == 1 else stride), len(text))
@@ -97,7 +103,11 @@ def windows(
 
 
 def text_losses(
-    scorer: Scorer, texts: Sequence[str], *, stride: int | None = None
+    scorer: Scorer,
+    texts: Sequence[str],
+    *,
+    stride: int | None = None,
+    contexts: Sequence[str] | None = None,
 ) -> list[TextLoss]:
     """The loss of every text by itself.
 
@@ -105,6 +115,7 @@ def text_losses(
         scorer: the model.
         texts: of any length.
         stride: tokens scored in each window of `scorer.max_length`; None is half of it.
+        contexts: what is given before each; None is nothing.
 
     Raises:
         UserError: a text is empty, or the stride is out of its range.
@@ -114,9 +125,12 @@ def text_losses(
     pairs, owners, tokens = [], [], []
     for number, text in enumerate(texts):
         ids = scorer.tokenizer.encode(text)
+        context = scorer.tokenizer.encode(contexts[number]) if contexts else []
         if not ids:
             raise UserError(f"text {number + 1} of {len(texts)} is empty: leave it out")
-        own = list(windows(ids, start_id=scorer.start_id, length=length, stride=stride))
+        own = list(
+            windows(ids, start_id=scorer.start_id, length=length, stride=stride, context=context)
+        )
         pairs += own
         owners += [number] * len(own)
         tokens.append(len(ids))
@@ -127,3 +141,8 @@ def text_losses(
         TextLoss(total, count, len(text.encode()))
         for total, count, text in zip(nats, tokens, texts, strict=True)
     ]
+
+
+def total_loss(losses: Sequence[TextLoss]) -> TextLoss:
+    """Of several texts together."""
+    return TextLoss(*(sum(column) for column in zip(*losses, strict=True)))

@@ -9,8 +9,10 @@ import pytest
 import tokenizers
 
 from aquila_jax import cli, save_hf
+from aquila_jax.cli.command import load_model
 from aquila_jax.data import TokenCache, open_tokenizer, write_cache
 from aquila_jax.data.tokenizer_files import tokenizer_files
+from aquila_jax.evaluation.scoring import Scorer
 from aquila_jax.reports.verdicts import read_comparisons
 from aquila_jax.training import AdamW, Cosine, TrainRun, train
 
@@ -164,3 +166,30 @@ def train_and_say(run, capsys):
     train(run)
     printed = capsys.readouterr()
     return printed.out + printed.err
+
+
+def test_eval_of_a_seqio_task_scores_what_follows_its_inputs(capsys, models, monkeypatch):
+    monkeypatch.syspath_prepend(models)
+    (models / "letter_tasks.py").write_text(
+        "import seqio\nimport tensorflow as tf\n"
+        "rows = {'inputs': ['Q?', ''], 'targets': [' YES', 'A LINE']}\n"
+        "feature = seqio.Feature(seqio.ByteVocabulary())\n"
+        "seqio.TaskRegistry.add('letters', source=seqio.FunctionDataSource(\n"
+        "    lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(rows),\n"
+        "    splits=['validation']), preprocessors=[seqio.preprocessors.tokenize],\n"
+        "    output_features={'inputs': feature, 'targets': feature})\n"
+    )
+    flags = ("--seqio", "letters", "--seqio_module", "letter_tasks")
+    _, row = output(capsys, "eval", "one", *flags)
+    assert row[:3] == ["letters", "10", "10"]
+    scorer = Scorer(*load_model("one", tokenizer=None), batch_size=4)
+    encode = scorer.tokenizer.encode
+    # A document begins before its inputs.
+    given = [scorer.start_id, *encode("Q?")], [scorer.start_id]
+    scores = scorer.score([(given[0], encode(" YES")), (given[1], encode("A LINE"))])
+    expected = -sum(score.log_likelihood for score in scores) / 10
+    assert float(row[3]) == pytest.approx(expected, abs=1e-4)
+    assert cli.main(["compare", "one", "two", *flags]) == 0
+    assert "letters, bits per byte" in capsys.readouterr().out
+    assert cli.main(["eval", "one", "--seqio", "absent"]) == 2
+    assert "no task or mixture 'absent'" in capsys.readouterr().err

@@ -74,3 +74,15 @@ def test_texts_that_cannot_be_measured_are_said(tmp_path):
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match="not UTF-8"):
         read_text(tmp_path / "latin")
+
+
+def test_what_is_given_before_a_text_is_context_in_every_window():
+    ids, context = list(range(10, 30)), [5, 6, 7]
+    found = list(windows(ids, start_id=1, length=8, stride=4, context=context))
+    assert [i for _, scored in found for i in scored] == ids
+    whole = [1, *context, *ids]
+    for before, scored in found:
+        end = len(before) + len(scored)
+        assert end <= 9
+        place = whole.index(scored[0])
+        assert before == whole[max(0, place + len(scored) - 9) : place]
