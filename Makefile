@@ -74,7 +74,7 @@ demo: $(VENV)/installed $(TEXT_DIR)/installed ## grow a small model through all 
 	@$(BIN)/aquila report $(STAGES:%=$(RUNS)/%) --out $(RUNS)
 
 test: $(VENV)/installed $(TEXT_DIR)/installed $(MODELS_DIR)/installed $(TASKS_DIR)/installed ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 test-newest: ## run the tests with Python 3.12 and the newest JAX, in an environment of their own
 	@$(MAKE) test VENV=.venv-newest PYTHON=$(PYTHON_NEWEST)

@@ -40,6 +40,15 @@ jaxtyping.install_import_hook(
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+# Files of few and long tests, which would leave one of two workers idle if they came last.
+_LONG = ("tests/multihost/", "tests/reliability/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONG))
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """A dense decoder whose sizes are all different, with two query heads in each KV group."""
