@@ -3,10 +3,13 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
+from aquila_jax import axes
 from aquila_jax.training import AdamW, Cosine, train
 from aquila_jax.training.checkpoints import Checkpoints, open_existing
+from aquila_jax.training.leaves import SavedLeaves
 from aquila_jax.training.manifest import MANIFEST_FILE, Damaged, read_facts
 from aquila_jax.training.run import build
 
@@ -119,3 +122,39 @@ def test_policies_keep_multiples_the_best_and_the_ends_of_stages(tmp_path):
     assert {fact["step"] for fact in facts} == {0, 3, 5, 6, 9, 10, best}
     assert {fact["step"] for fact in facts if fact["is_stage_end"]} == {5, 10}
     assert all(fact["validation_loss"] == measured.get(fact["step"]) for fact in facts)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimeoutError("no answer"),
+        OSError(5, "Input/output error"),
+        ValueError("INTERNAL: Error writing d/0: Input/output error [source locations]"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_store_that_fails_for_a_while_loses_neither_the_run_nor_a_checkpoint(
+    tmp_path, monkeypatch, capsys, error
+):
+    """A network file system, as the operating system or TensorStore tells of it."""
+    real, calls = ocp.AsyncCheckpointer.save, []
+
+    def save(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) in (2, 3):
+            raise error
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "save", save)
+    run = tiny_run(tmp_path / "run", steps=8, checkpoint_every=2)
+    ledger = train(run)
+    assert ledger.current.steps == 8
+    said = capsys.readouterr().err
+    assert said.count("could not save a checkpoint of step 2") == 1
+    assert "saving works again" in said
+    assert open_existing(run.path).steps == [6, 8]
+    undisturbed = tiny_run(tmp_path / "undisturbed", steps=8, checkpoint_every=2)
+    train(undisturbed)
+    left, right = (SavedLeaves(run.path), SavedLeaves(undisturbed.path))
+    for path in axes.parameters(run.model):
+        np.testing.assert_array_equal(left.read(path), right.read(path))
