@@ -15,6 +15,7 @@ TASKS_DIR := data/tasks
 PARITY := .venv-parity
 DOCS := .venv-docs
 SHELLCHECK := .venv-shellcheck
+NOTEBOOKS := .notebook-tools
 AUDIT := .venv-audit
 RUNS := runs/demo
 
@@ -31,7 +32,7 @@ SETUP_FAILED = { echo "error: could not install from $(1): see the message above
 # The paper's three stages and the control, oldest first.
 STAGES := 1_dense 2_scale_up 3_scale_out control
 
-.PHONY: help demo test test-newest test-parity bench-growth soak docs lint check format lock audit clean
+.PHONY: help demo test test-newest test-parity bench-growth soak docs notebooks lint check format lock audit clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -96,6 +97,13 @@ $(DOCS)/installed: requirements/docs.lock $(VENV)/installed
 docs: $(DOCS)/installed ## build the documentation site into site/, links checked
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
+$(NOTEBOOKS)/installed: requirements/notebooks.lock $(VENV)/installed
+	@$(UV) pip install --quiet --no-deps --require-hashes --python $(BIN)/python --target $(NOTEBOOKS) -r requirements/notebooks.lock || $(call SETUP_FAILED,requirements/notebooks.lock)
+	@touch $@
+
+notebooks: $(NOTEBOOKS)/installed $(TEXT_DIR)/installed $(MODELS_DIR)/installed ## run the notebooks top to bottom (about four minutes)
+	PYTHONPATH=$(CURDIR)/$(NOTEBOOKS) $(BIN)/python notebooks/run.py
+
 $(SHELLCHECK)/installed: requirements/shell.lock $(VENV)/installed
 	@$(PYTHON) -m venv $(SHELLCHECK)
 	@$(UV) pip install --quiet --no-deps --require-hashes --python $(SHELLCHECK)/bin/python -r requirements/shell.lock || $(call SETUP_FAILED,requirements/shell.lock)
@@ -130,6 +138,7 @@ lock: $(VENV)/installed ## resolve the dependencies anew
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade requirements/shell.in -o requirements/shell.lock
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade requirements/audit.in -o requirements/audit.lock
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --override requirements/overrides.txt --extra data --extra gguf --extra tpu --extra dev pyproject.toml -o requirements.lock
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade -c requirements.lock requirements/notebooks.in -o requirements/notebooks.lock
 
 clean: ## remove the environments, the text, the model, the tasks and the demonstration's runs
-	rm -rf $(VENV) .venv-newest $(DOCS) $(SHELLCHECK) $(AUDIT) site $(PARITY) $(TEXT_DIR) $(MODELS_DIR) $(TASKS_DIR) $(RUNS)
+	rm -rf $(VENV) .venv-newest $(DOCS) $(SHELLCHECK) $(AUDIT) $(NOTEBOOKS) site $(PARITY) $(TEXT_DIR) $(MODELS_DIR) $(TASKS_DIR) $(RUNS)

@@ -320,6 +320,10 @@ PRESETS: Mapping[str, ModelConfig] = types.MappingProxyType(
 def preset(name: str, **changes: Any) -> ModelConfig:
     """A named configuration, with single fields changed by keyword.
 
+    Example:
+        >>> preset("aquila3_7b").embed_dim, preset("aquila3_7b", num_layers=40).num_layers
+        (4096, 40)
+
     Raises:
         UserError: the name is unknown, or the changed configuration is not valid.
     """

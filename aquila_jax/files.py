@@ -71,12 +71,17 @@ class NewDirectory:
     a directory of that name. What another host left is only named: its locks may not be seen here.
 
     Examples:
-        >>> directory = NewDirectory("model")  # doctest: +SKIP
+        >>> import tempfile
+        >>> parent = tempfile.TemporaryDirectory()
+        >>> directory = NewDirectory(f"{parent.name}/model")
         >>> try:
         ...     write_text(directory.create() / "file", "text")
         ...     directory.publish()
         ... finally:
         ...     directory.discard()
+        >>> (directory.path / "file").read_text()
+        'text'
+        >>> parent.cleanup()
 
     Attributes:
         path: where it will be.

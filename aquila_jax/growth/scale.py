@@ -1,4 +1,17 @@
-"""The two public growths: `scale_up` (wider, deeper) and `scale_out` (into experts)."""
+"""The two public growths: `scale_up` (wider, deeper) and `scale_out` (into experts).
+
+Example:
+    >>> from aquila_jax import preset
+    >>> from aquila_jax.axes import abstract_params
+    >>> dense = preset("toy_dense")
+    >>> mixture = jax.eval_shape(
+    ...     lambda params, key: scale_out(params, dense, num_experts=4, key=key),
+    ...     abstract_params(dense),
+    ...     jax.random.key(0),
+    ... )
+    >>> mixture.params["layers"]["moe"]["gate"].shape  # layers, experts, width, hidden units
+    (3, 4, 96, 256)
+"""
 
 import dataclasses
 from collections.abc import Iterable, Mapping

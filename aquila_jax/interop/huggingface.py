@@ -1,4 +1,17 @@
-"""Whole models from and to Hugging Face directories."""
+"""Whole models from and to Hugging Face directories.
+
+Example:
+    >>> import tempfile
+    >>> from aquila_jax import Transformer, preset
+    >>> config = preset("toy_dense", vocab_size=64, num_layers=1)
+    >>> tokens = jax.numpy.zeros((1, 8), "int32")
+    >>> params = Transformer(config).init(jax.random.key(0), tokens)["params"]
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save_hf(params, config, f"{directory}/model", dtype="float32")
+    ...     read, same = load_hf(f"{directory}/model")
+    >>> same.embed_dim, bool((read["lm_head"]["kernel"] == params["lm_head"]["kernel"]).all())
+    (96, True)
+"""
 
 import os
 from collections.abc import Mapping

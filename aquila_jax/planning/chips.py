@@ -91,6 +91,10 @@ class Topology:
 def parse_topology(text: str, slices: int = 1) -> Topology:
     """`text`, as in "v5p:4x4x8".
 
+    Example:
+        >>> parse_topology("v5p:4x4x8", slices=2).num_chips
+        256
+
     Raises:
         UserError: it names no chip of `CHIPS`, or not as many dimensions as the chip has.
     """

@@ -1,6 +1,4 @@
 import dataclasses
-import doctest
-import sys
 
 import jax
 import numpy as np
@@ -95,9 +93,3 @@ def test_tokens_that_cannot_be_measured_on_are_refused(tiny, random_params, toke
     grown = scale_up(params, tiny, tiny)
     with pytest.raises(UserError, match=message):
         certify((params, tiny), grown, tokens)
-
-
-def test_the_example_in_the_docstring_is_true():
-    results = doctest.testmod(sys.modules["aquila_jax.evaluation.certify"])
-    assert results.attempted > 0
-    assert results.failed == 0

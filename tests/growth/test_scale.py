@@ -1,5 +1,4 @@
 import dataclasses
-import doctest
 import functools
 
 import jax
@@ -7,7 +6,7 @@ import pytest
 
 from aquila_jax import UserError, preset, scale_out, scale_up
 from aquila_jax.axes import abstract_params
-from aquila_jax.growth import ScaleOut, ScaleUp, scale
+from aquila_jax.growth import ScaleOut, ScaleUp
 
 
 def refusal(grow, *arguments, **settings):
@@ -150,9 +149,3 @@ def test_a_run_that_scales_up_makes_the_same_plan(tiny):
     _, certificate = ScaleUp(method="fpi", depth="stacking").plan(tiny, target)
     assert (certificate.method, certificate.depth) == ("fpi", "stacking")
     assert (ScaleUp().kind, ScaleOut().kind) == ("scale_up", "scale_out")
-
-
-def test_the_example_in_the_docstring_is_true():
-    results = doctest.testmod(scale)
-    assert results.attempted > 0
-    assert results.failed == 0
