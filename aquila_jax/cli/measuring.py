@@ -36,7 +36,7 @@ def add_measure_flags(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME[/SPLIT]",
-        help="a seqio task, or a mixture; its validation split by default. May be repeated",
+        help="seqio task or mixture; its validation. Repeatable",
     )
     command.add_argument(
         "--seqio_module", default="", metavar="MODULE", help="is run, and registers the tasks"

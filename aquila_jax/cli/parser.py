@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         commands: list[Any] = [
             action for action in self._actions if isinstance(action, argparse._SubParsersAction)
         ]
-        formatter.start_section("commands" if commands else "arguments")
+        formatter.start_section(None)
         for choice in commands:
             # Each with its line of help, without a line for the choice itself.
             formatter.add_arguments(list(choice._get_subactions()))
@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         formatter.end_section()
         # An example is copied, so it is not broken to fit the screen.
         example = f"\n{self.epilog}\n" if self.epilog else ""
-        return f"{self.format_usage()}\n{formatter.format_help().lstrip()}{example}"
+        return f"{self.format_usage()}{formatter.format_help().lstrip()}{example}"
 
     def _line(self) -> str:
         needed, is_more = [], False
