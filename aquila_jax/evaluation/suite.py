@@ -15,7 +15,7 @@ from aquila_jax.evaluation.tasks import Question, make_question
 _MMLU_SHOTS = 5
 
 
-class AbsentData(UserError):  # noqa: N818 - what it says is what is absent
+class AbsentData(UserError):
     """A task's data is not where it should be."""
 
 
@@ -95,7 +95,7 @@ def _english_parable(line: Any) -> Question:
 
 
 def _chinese_parable(line: Any) -> Question:
-    return _parable(line, moral="这个故事的寓意：", before="")  # noqa: RUF001 - Chinese
+    return _parable(line, moral="这个故事的寓意：", before="")
 
 
 def _quartz(line: Any) -> Question:

@@ -90,6 +90,8 @@ def _of_place(environ: Mapping[str, str], timeout: int) -> Cluster | None:
                 environ.get(_VARIABLES[0]), None, None, None, name, timeout
             )
             address, count, index, local_devices = found
-            assert address is not None and count is not None and index is not None  # noqa: PT018
+            assert address is not None
+            assert count is not None
+            assert index is not None
             return Cluster(words, address, count, index, local_devices)
     return None

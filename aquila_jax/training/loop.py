@@ -52,7 +52,7 @@ from aquila_jax.training.times import Times
 _MOST_BY_LAYER = 1024
 
 
-class Interrupted(Exception):  # noqa: N818 - it was asked for: not an error
+class Interrupted(Exception):
     """The run was asked to stop, and has saved everything.
 
     Attributes:

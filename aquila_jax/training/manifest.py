@@ -19,7 +19,7 @@ MANIFEST_FILE = "manifest.json"
 _THREADS = 8
 
 
-class Damaged(Exception):  # noqa: N818 - a finding about a directory
+class Damaged(Exception):
     """A directory is not what its manifest says; the message says in what."""
 
 

@@ -1,14 +1,20 @@
 """A text directory like the real one, but small: random words, so that no two lines are equal."""
 
+import json
 import random
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from aquila_jax.data import TextData
 
 from .small_text import write_laws, write_speeches
 
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] | upper }}: {{ m.content }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+)
 REAL_TEXT = Path(__file__).parents[2] / "data" / "text"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 CHARACTERS = "法律国家人民权利义务规定应当依照机关工作管理责任公司合同财产行政处罚"
@@ -54,3 +60,18 @@ def real_text_dir() -> str:
     if not (REAL_TEXT / "installed").exists():
         pytest.skip(f"no text packages under {REAL_TEXT}: run `make data/text/installed`")
     return str(REAL_TEXT)
+
+
+@pytest.fixture(scope="session")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tokenizer of single letters and a chat template."""
+    path = tmp_path_factory.mktemp("chatty")
+    letters = [*map(chr, range(ord("A"), ord("Z") + 1)), " ", "\n", ":", "?"]
+    vocabulary = {"<end>": 0, **{letter: i for i, letter in enumerate(letters, start=1)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = {"eos_token": "<end>", "chat_template": TEMPLATE}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path

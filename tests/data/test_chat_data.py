@@ -11,13 +11,11 @@ from aquila_jax.data.chat_data import pack_examples
 from aquila_jax.data.conversations import Example
 from aquila_jax.errors import UserError
 
-from .test_conversations import chatty  # noqa: F401 - a fixture
-
 T = 24
 
 
 @pytest.fixture
-def data(chatty, tmp_path):  # noqa: F811 - the fixture
+def data(chatty, tmp_path):
     """200 prompts of some letters, whose answers are as many letters further."""
     rng = np.random.default_rng(0)
     lines = []

@@ -1,17 +1,13 @@
 import json
+from typing import Any
 
 import pytest
-import tokenizers
 
 from aquila_jax.data.chat import open_chat_template
 from aquila_jax.data.conversations import encode_conversation, read_examples
 from aquila_jax.data.pretrained_tokenizer import open_tokenizer
 from aquila_jax.errors import UserError
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role[0] | upper }}: {{ m.content }}{{ eos_token }}\n"
-    "{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
-)
 TALK = [
     {"role": "system", "content": "BE KIND"},
     {"role": "user", "content": "HI"},
@@ -19,21 +15,6 @@ TALK = [
     {"role": "user", "content": "BYE"},
     {"role": "assistant", "content": "TAKE CARE"},
 ]
-
-
-@pytest.fixture(scope="module")
-def chatty(tmp_path_factory):
-    """A directory with a tokenizer of single letters and a chat template."""
-    path = tmp_path_factory.mktemp("chatty")
-    letters = [*map(chr, range(ord("A"), ord("Z") + 1)), " ", "\n", ":", "?"]
-    vocabulary = {"<end>": 0, **{letter: i for i, letter in enumerate(letters, start=1)}}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    tokenizer.add_special_tokens(["<end>"])
-    tokenizer.decoder = tokenizers.decoders.Fuse()
-    tokenizer.save(str(path / "tokenizer.json"))
-    settings = {"eos_token": "<end>", "chat_template": TEMPLATE}
-    (path / "tokenizer_config.json").write_text(json.dumps(settings))
-    return path
 
 
 def learnt(example, tokenizer):
@@ -101,9 +82,6 @@ def test_a_template_that_changes_what_was_said_is_refused(chatty):
         def render(self, messages, *, add_generation_prompt):
             return f"{len(messages)} of {messages}"
 
+    moody: Any = Moody()
     with pytest.raises(UserError, match="writes the beginning of a conversation otherwise"):
-        encode_conversation(
-            TALK[1:3],
-            open_tokenizer(chatty),
-            Moody(),  # pyright: ignore[reportArgumentType]
-        )
+        encode_conversation(TALK[1:3], open_tokenizer(chatty), moody)

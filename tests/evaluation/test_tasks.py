@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import pytest
 
@@ -61,6 +62,9 @@ class Priced:
         return [Score(-float(sum(after)), False, len(after)) for _, after in pairs]
 
 
+PRICED: Any = Priced()
+
+
 @pytest.mark.parametrize(
     ("ranking", "best"),
     # Prices: "!" 3, "#" 5, "$" 6, "-" 15.
@@ -69,16 +73,16 @@ class Priced:
 def test_rankings_divide_by_what_they_say(ranking, best):
     choices = ("#", "!!", "$" * 16)
     questions = [Question("---", choices, answer) for answer in range(3)]
-    right = is_right(Priced(), questions, ranking=ranking)  # pyright: ignore[reportArgumentType]
+    right = is_right(PRICED, questions, ranking=ranking)
     assert right == [answer == best for answer in range(3)]
 
 
 def test_the_first_token_of_a_text_is_counted_and_not_scored():
     # 10 / 3 and 6 / 2; without the first token 10 / 2 and 6 / 1, and the other would be best.
     question = Question("-", ("##", "$"), 1)
-    assert is_right(Priced(), [question]) == [True]  # pyright: ignore[reportArgumentType]
+    assert is_right(PRICED, [question]) == [True]
 
 
 def test_an_unknown_ranking_is_refused():
     with pytest.raises(UserError, match="no ranking 'best'"):
-        is_right(Priced(), [], ranking="best")  # pyright: ignore[reportArgumentType]
+        is_right(PRICED, [], ranking="best")
