@@ -5,7 +5,7 @@ for it is cut up, and every part sees all pairs.
 """
 
 import functools
-import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +36,13 @@ def invert(
     num_tables = 1 + len(values)
     tables = pallas_call(
         functools.partial(_invert_body, size, slots_Nk.shape[1]),
+        jnp.full((1, 1, size + LANES), -1, jnp.int32),
         slots,
         *values,
         name="invert",
         interpret=interpret,
         grid=(parts, len(slots)),
-        in_specs=[by_pair] * num_tables,
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] + [by_pair] * num_tables,
         out_specs=[table] * num_tables,
         out_shape=[shape] * num_tables,
         cost=_cost(parts * slots.size, num_tables),
@@ -50,29 +51,23 @@ def invert(
     return token_M, *(jax.lax.bitcast_convert_type(x, jnp.float32) for x in gates)
 
 
-def _invert_body(size: int, num_choices: int, slots_ref, *refs) -> None:
+def _invert_body(size: int, num_choices: int, empty_ref, slots_ref, *refs) -> None:
     *gates_in_refs, token_ref = refs[: len(refs) // 2 + 1]
     gates_refs = refs[len(refs) // 2 + 1 :]
     part, block = pl.program_id(0), pl.program_id(1)
-    length = slots_ref.shape[2]
+    num_tokens = slots_ref.shape[2] // num_choices
 
     @pl.when(block == 0)
     def _() -> None:
-        def clear(index: jax.Array, _: None) -> None:
-            for offset in range(UNROLLED):
-                token_ref[0, 0, index * UNROLLED + offset] = -1
+        pltpu.sync_copy(empty_ref, token_ref)
 
-        jax.lax.fori_loop(0, token_ref.shape[2] // UNROLLED, clear, None)
+    def store(token: jax.Array, pair: jax.Array) -> None:
+        at = _entry(slots_ref[0, 0, pair] - part * size, size)
+        token_ref[0, 0, at] = block * num_tokens + token
+        for gates_in_ref, gates_ref in zip(gates_in_refs, gates_refs, strict=True):
+            gates_ref[0, 0, at] = gates_in_ref[0, 0, pair]
 
-    def store(index: jax.Array, _: None) -> None:
-        for offset in range(UNROLLED):
-            pair = index * UNROLLED + offset
-            at = _entry(slots_ref[0, 0, pair] - part * size, size)
-            token_ref[0, 0, at] = jax.lax.div(block * length + pair, jnp.int32(num_choices))
-            for gates_in_ref, gates_ref in zip(gates_in_refs, gates_refs, strict=True):
-                gates_ref[0, 0, at] = gates_in_ref[0, 0, pair]
-
-    jax.lax.fori_loop(0, length // UNROLLED, store, None)
+    _for_pairs(num_tokens, num_choices, store)
 
 
 def look_up(values_M: jax.Array, slots_Nk: jax.Array, *, interpret: bool) -> jax.Array:
@@ -83,7 +78,7 @@ def look_up(values_M: jax.Array, slots_Nk: jax.Array, *, interpret: bool) -> jax
     slots = _blocks(slots_Nk, -1)
     by_pair = _by_pair(slots.shape[2], lambda block, part: (block, 0, 0))
     found = pallas_call(
-        functools.partial(_look_up_body, size),
+        functools.partial(_look_up_body, size, parts, slots_Nk.shape[1]),
         table,
         slots,
         name="look_up",
@@ -103,23 +98,40 @@ def look_up(values_M: jax.Array, slots_Nk: jax.Array, *, interpret: bool) -> jax
     return found.reshape(-1)[: slots_Nk.size].reshape(slots_Nk.shape)
 
 
-def _look_up_body(size: int, table_ref, slots_ref, found_ref) -> None:
+def _look_up_body(
+    size: int, num_parts: int, num_choices: int, table_ref, slots_ref, found_ref
+) -> None:
     part = pl.program_id(1)
 
-    def load(index: jax.Array, _: None) -> None:
-        for offset in range(UNROLLED):
-            pair = index * UNROLLED + offset
-            slot = slots_ref[0, 0, pair] - part * size
-            earlier = jnp.where(part == 0, 0, found_ref[0, 0, pair])
-            # One part has the slot; the others give the zero behind their last entry.
-            found_ref[0, 0, pair] = earlier | table_ref[0, 0, _entry(slot, size)]
+    def load(_: jax.Array, pair: jax.Array) -> None:
+        found = table_ref[0, 0, _entry(slots_ref[0, 0, pair] - part * size, size)]
+        # One part has the slot; the others give the zero behind their last entry.
+        earlier = 0 if num_parts == 1 else jnp.where(part == 0, 0, found_ref[0, 0, pair])
+        found_ref[0, 0, pair] = earlier | found
 
-    jax.lax.fori_loop(0, slots_ref.shape[2] // UNROLLED, load, None)
+    _for_pairs(slots_ref.shape[2] // num_choices, num_choices, load)
+
+
+def _for_pairs(
+    num_tokens: int, num_choices: int, visit: Callable[[jax.Array, jax.Array], None]
+) -> None:
+    """`visit(token, pair)` for all pairs of a block, several at a time, without a division."""
+    together = max(1, UNROLLED // pl.next_power_of_2(num_choices))
+
+    def tokens(index: jax.Array, _: None) -> None:
+        for offset in range(together):
+            token = index * together + offset
+            for choice in range(num_choices):
+                visit(token, index * (together * num_choices) + offset * num_choices + choice)
+
+    jax.lax.fori_loop(0, num_tokens // together, tokens, None)
 
 
 def _entry(slot: jax.Array, size: int) -> jax.Array:
     """The entry of a slot in a part of the table; what is outside shares one behind the last."""
-    return jnp.where((slot >= 0) & (slot < size), slot, size)
+    slot = jax.lax.bitcast_convert_type(slot, jnp.uint32)  # below zero becomes very large
+    at = jnp.minimum(slot, jnp.uint32(size))
+    return jax.lax.bitcast_convert_type(at, jnp.int32)
 
 
 def _parts(num_rows: int) -> tuple[int, int]:
@@ -129,8 +141,10 @@ def _parts(num_rows: int) -> tuple[int, int]:
 
 
 def _blocks(x_Nk: jax.Array, absent: int) -> jax.Array:
-    """[N, k] to [blocks, 1, pairs], filled up with `absent`."""
-    block = min(BLOCK, LANES * math.ceil(x_Nk.size / LANES))
+    """[N, k] to [blocks, 1, pairs], whole tokens and whole lanes, filled up with `absent`."""
+    num_tokens, num_choices = x_Nk.shape
+    most = LANES * max(1, BLOCK // (LANES * num_choices))
+    block = num_choices * min(most, LANES * pl.cdiv(num_tokens, LANES))
     flat = jnp.pad(x_Nk.reshape(-1), (0, -x_Nk.size % block), constant_values=absent)
     return flat.reshape(-1, 1, block)
 

@@ -49,14 +49,15 @@ class _Tiling(NamedTuple):
         """Rows that one tile gathers, in the order [choice, place in the word, row of words]."""
         return self.choices * self.packing * self.words
 
-    def of_words(self, first: jax.Array, size: int) -> Any:
+    def of_words(self, first: jax.Array | int, size: int) -> Any:
         """Rows of words, counted in rows."""
         size *= self.packing
-        return pl.ds(pl.multiple_of(first * self.packing, size), size)
+        first *= self.packing
+        return pl.ds(first if isinstance(first, int) else pl.multiple_of(first, size), size)
 
-    def at(self, choice: int, place: int, first: jax.Array) -> jax.Array:
-        """Where gathered rows begin that belong to the result's words from `first` on."""
-        return pl.multiple_of((choice * self.packing + place) * self.words + first, SUBLANES)
+    def group(self, choice: int, place: int, index: jax.Array) -> jax.Array:
+        """Which 8 gathered rows belong to the `index`th 8 words' rows of the result."""
+        return (choice * self.packing + place) * (self.words // SUBLANES) + index
 
     def specs(self, dim: int) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
         """Blocks of numbers of rows that are sent for and that are summed, and of the result.
@@ -79,7 +80,7 @@ class _Tiling(NamedTuple):
     def scratch(self, dim: int, dtype: jnp.dtype) -> list[Any]:
         """As `_Scratch` has it."""
         return [
-            pltpu.VMEM((2, self.packing * self.rows, dim), dtype),
+            pltpu.VMEM((2, self.rows // SUBLANES, SUBLANES * self.packing, dim), dtype),
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.VMEM((self.rows, LANES), jnp.int32),
             pltpu.VMEM((self.rows, LANES), jnp.int32),
@@ -173,7 +174,8 @@ class _Inputs(NamedTuple):
     """Of the kernel: values and blocks outside of it, references inside.
 
     Attributes:
-        sources: int32 words' row that each row is in, a valid one also where there is none.
+        sources: int32 first row of the words that each row is in, a valid one also where there
+            is none.
         places: int32 place of the row in its words; -1 where there is none.
         gates: float32 weight of each row.
         others: rows of the tile that gathered ones are multiplied with.
@@ -201,7 +203,7 @@ def _inputs(
     slots = jnp.where(is_present, slots, 0)
     fetched, per_row, tile = tiling.specs(rows_MD.shape[1])
     return _Inputs(
-        sources=(slots // tiling.packing, fetched),
+        sources=(slots - slots % tiling.packing, fetched),
         places=(jnp.where(is_present, slots % tiling.packing, -1), per_row),
         gates=None if gates_Nk is None else (tiling.arrange(gates_Nk, 0), per_row),
         others=None if others_ND is None else (others_ND, tile),
@@ -213,7 +215,7 @@ class _Scratch(NamedTuple):
     """What a kernel keeps in VMEM: two tiles' rows, and numbers of each row on all lanes.
 
     Attributes:
-        buffer: [2, rows, D] words as they come; tiles take turns.
+        buffer: [2, rows / 8, 8, D] words as they come; tiles take turns.
         semaphores: that their DMAs count on.
         shift: by how many bits a word is moved up so that its upper half is the row's.
         kept: the bits of it that are the row's; none where there is no row.
@@ -247,9 +249,8 @@ def _body(tiling: _Tiling, present: list[str], *refs) -> None:
         scratch.gates[...] = _down(inputs.gates[0])
 
     def group(index: jax.Array, _: None) -> None:
-        first = pl.multiple_of(index * SUBLANES, SUBLANES)
-        _send(tiling, inputs, scratch, now, first)
-        _sum(tiling, inputs, scratch, before, first, out_ref)
+        _send(tiling, inputs, scratch, now, index)
+        _sum(tiling, inputs, scratch, before, index, out_ref)
 
     jax.lax.fori_loop(0, tiling.words // SUBLANES, group, None)
     if products:
@@ -273,20 +274,20 @@ def _down(x: jax.Array) -> jax.Array:
 
 
 def _send(
-    tiling: _Tiling, inputs: _Inputs, scratch: _Scratch, slot: jax.Array, first: jax.Array
+    tiling: _Tiling, inputs: _Inputs, scratch: _Scratch, slot: jax.Array, index: jax.Array
 ) -> None:
     """Starts the DMAs of the rows that belong to 8 rows of words."""
 
-    def plane(index: jax.Array, _: None) -> None:
-        def row(offset: jax.Array, _: None) -> None:
-            at = index * tiling.words + first + offset
+    def plane(number: jax.Array, _: None) -> None:
+        group = number * (tiling.words // SUBLANES) + index
+        # What differs between the 8 is static: addresses cost more than the DMA's start.
+        for offset in range(SUBLANES):
+            source = inputs.sources[0, 0, group * SUBLANES + offset]
             pltpu.make_async_copy(
-                inputs.rows.at[tiling.of_words(inputs.sources[0, 0, at], 1)],
-                scratch.buffer.at[slot, tiling.of_words(at, 1)],
+                inputs.rows.at[pl.ds(pl.multiple_of(source, tiling.packing), tiling.packing)],
+                scratch.buffer.at[slot, group, tiling.of_words(offset, 1)],
                 scratch.semaphores.at[slot],
             ).start()
-
-        jax.lax.fori_loop(0, SUBLANES, row, None, unroll=True)
 
     jax.lax.fori_loop(0, tiling.choices * tiling.packing, plane, None)
 
@@ -296,11 +297,11 @@ def _sum(
     inputs: _Inputs,
     scratch: _Scratch,
     slot: jax.Array,
-    first: jax.Array,
+    index: jax.Array,
     out_ref,
 ) -> None:
     """8 rows of words of the result, 128 lanes after the other."""
-    own = tiling.of_words(first, SUBLANES)
+    own = tiling.of_words(index * SUBLANES, SUBLANES)
     is_copy = tiling.choices == 1 and inputs.gates is None
     products = [jnp.zeros((SUBLANES, LANES), jnp.float32)] * tiling.packing
     # Lanes are static: what addresses them would take longer than the sums.
@@ -310,14 +311,14 @@ def _sum(
         for place in range(tiling.packing):
             total = None
             for choice in range(tiling.choices):
-                at = tiling.at(choice, place, first)
-                x = _row(tiling, scratch, slot, at, lanes)
+                group = tiling.group(choice, place, index)
+                x = _row(tiling, scratch, slot, group, lanes)
                 if inputs.others is not None:
                     other = pltpu.bitcast(inputs.others[own, lanes], jnp.int32)
                     if tiling.packing == 2:
                         other = other & UPPER if place else other << 16
                     products[place] += x * jax.lax.bitcast_convert_type(other, jnp.float32)
-                x = x if inputs.gates is None else scratch.gates[pl.ds(at, SUBLANES), :] * x
+                x = x if inputs.gates is None else scratch.gates[_eight(group), :] * x
                 total = x if total is None else total + x
             sums.append(total)
         if tiling.packing == 1:
@@ -328,19 +329,23 @@ def _sum(
         out_ref[own, lanes] = pltpu.bitcast(word, out_ref.dtype)
     if inputs.others is not None:
         for place in range(tiling.packing):
-            scratch.gates[pl.ds(tiling.at(0, place, first), SUBLANES), :] = products[place]
+            scratch.gates[_eight(tiling.group(0, place, index)), :] = products[place]
 
 
 def _row(
-    tiling: _Tiling, scratch: _Scratch, slot: jax.Array, at: jax.Array, lanes: Any
+    tiling: _Tiling, scratch: _Scratch, slot: jax.Array, group: jax.Array, lanes: Any
 ) -> jax.Array:
     """128 lanes of 8 gathered rows, float32; zero where there is none."""
-    words = scratch.buffer[slot, tiling.of_words(at, SUBLANES), lanes]
+    words = scratch.buffer[slot, group, :, lanes]
     words = pltpu.bitcast(words, jnp.int32)
     if tiling.packing == 2:
-        words = words << scratch.shift[pl.ds(at, SUBLANES), :]
-    words &= scratch.kept[pl.ds(at, SUBLANES), :]
+        words = words << scratch.shift[_eight(group), :]
+    words &= scratch.kept[_eight(group), :]
     return jax.lax.bitcast_convert_type(words, jnp.float32)
+
+
+def _eight(group: jax.Array) -> Any:
+    return pl.ds(pl.multiple_of(group * SUBLANES, SUBLANES), SUBLANES)
 
 
 def _upper(x: jax.Array, *, is_exact: bool) -> jax.Array:

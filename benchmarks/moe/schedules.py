@@ -20,7 +20,8 @@ from typing import NamedTuple
 # Written to LIBTPU_INIT_ARGS before JAX is imported.
 FLAGS = (
     "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_html=false "
-    "--xla_jf_dump_llo_static_gaps=false --xla_jf_emit_annotations=true --xla_jf_debug_level=2"
+    "--xla_jf_dump_llo_static_gaps=false --xla_jf_emit_annotations=true --xla_jf_debug_level=2 "
+    "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
 )
 
 _FILE = re.compile(r"^\d+-(?P<kernel>.+?)-\d+-final_bundles\.txt$")
