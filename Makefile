@@ -101,7 +101,7 @@ $(NOTEBOOKS)/installed: requirements/notebooks.lock $(VENV)/installed
 	@$(UV) pip install --quiet --no-deps --require-hashes --python $(BIN)/python --target $(NOTEBOOKS) -r requirements/notebooks.lock || $(call SETUP_FAILED,requirements/notebooks.lock)
 	@touch $@
 
-notebooks: $(NOTEBOOKS)/installed $(TEXT_DIR)/installed $(MODELS_DIR)/installed ## run the notebooks top to bottom (about four minutes)
+notebooks: $(NOTEBOOKS)/installed $(TEXT_DIR)/installed $(MODELS_DIR)/installed ## run the notebooks top to bottom (a minute each)
 	PYTHONPATH=$(CURDIR)/$(NOTEBOOKS) $(BIN)/python notebooks/run.py
 
 $(SHELLCHECK)/installed: requirements/shell.lock $(VENV)/installed

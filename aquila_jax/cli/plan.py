@@ -85,6 +85,8 @@ def _one(run: "TrainRun", topology: "Topology", arguments: argparse.Namespace) -
     from aquila_jax.planning import make_plan, page
     from aquila_jax.training.saved_step import save_step
 
+    if sys.stderr.isatty():
+        print(f"compiling {run.name} for {topology}: up to minutes", file=sys.stderr)
     plan, program, outcome = make_plan(run, topology, arguments.what)
     print(json.dumps(plan.to_dict(), indent=1) if arguments.json else page(plan))
     if arguments.save:
