@@ -61,4 +61,6 @@ def test_the_example_of_the_readme_runs_on_a_real_checkpoint(capsys, monkeypatch
     assert "function kept" in said
     pattern = r"loss (\d\.\d+) before, (\d\.\d+) after"
     (claimed,), (measured,) = re.findall(pattern, readme), re.findall(pattern, said)
-    assert [float(loss) for loss in measured] == pytest.approx([float(x) for x in claimed], abs=1e-3)
+    assert [float(loss) for loss in measured] == pytest.approx(
+        [float(x) for x in claimed], abs=1e-3
+    )
