@@ -15,14 +15,15 @@ from aquila_jax.config import ModelConfig
 from aquila_jax.errors import UserError
 
 # slice: whole copies of the model, one a slice, which tell each other over the slow network; data:
-# whole copies; fsdp: parameters in shards, gathered for use; expert: experts in shards, and copies
-# of all else; model: heads, MLP units and vocabulary in shards.
+# whole copies; fsdp: parameters in shards, gathered for use; expert: experts in shards, and all
+# else as by fsdp; model: heads, MLP units and vocabulary in shards.
 MESH_AXES = ("slice", "data", "fsdp", "expert", "model")
 
-# One logical axis may be split over several mesh axes. An axis that is absent is not split.
+# One logical axis may be split over several mesh axes. An axis that is absent is not split. What
+# splits experts does not split the width of the same array.
 DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
     axes.BATCH: ("slice", "data", "fsdp", "expert"),
-    axes.EMBED: ("fsdp",),
+    axes.EMBED: ("expert", "fsdp"),
     axes.Q_HEADS: ("model",),
     axes.KV_HEADS: ("model",),
     axes.MLP: ("model",),
@@ -42,7 +43,7 @@ class MeshShape:
             is slow. By the default rules each holds a whole copy of the model.
         data: whole copies of the model.
         fsdp: shards of parameters and optimizer state.
-        expert: shards of the experts.
+        expert: shards of the experts, and of all else beside those of `fsdp`.
         model: shards of heads, MLP units and vocabulary.
     """
 
@@ -159,7 +160,7 @@ class Layout:
         Raises:
             UserError: two dimensions would be split over the same mesh axis.
         """
-        parts = [self._mesh_axes(axis) for axis in logical]
+        parts = self._parts(logical)
         used = [mesh_axis for part in parts for mesh_axis in part]
         if len(used) != len(set(used)):
             raise UserError(
@@ -191,7 +192,9 @@ class Layout:
         """
         parameter = axes.parameters(config)[path]
         self.spec(parameter.axes, path)
-        parts = {axis: self._mesh_axes(axis) for axis in parameter.axes}
+        parts = dict(zip(parameter.axes, self._parts(parameter.axes), strict=True))
+        if axes.EMBED in parts and axes.EXPERTS not in parts:
+            parts[axes.EMBED] = self.width_axes(config)
         if axes.VOCAB in parts and config.vocab_size % self._num_devices(parts[axes.VOCAB]):
             parts[axes.EMBED] += parts[axes.VOCAB]
             parts[axes.VOCAB] = ()
@@ -238,9 +241,28 @@ class Layout:
         """
         return tuple(dict.fromkeys(name for axis in logical for name in self._mesh_axes(axis)))
 
+    def width_axes(self, config: ModelConfig) -> tuple[str, ...]:
+        """The mesh axes that split the width of parameters that are not experts'.
+
+        All of the rule's, or where they do not divide the width those that split no experts.
+        """
+        width = self._mesh_axes(axes.EMBED)
+        if config.embed_dim % self._num_devices(width):
+            taken = self._mesh_axes(axes.EXPERTS)
+            width = tuple(name for name in width if name not in taken)
+        return width
+
     def shards(self, *logical: str) -> int:
         """Into how many parts these axes together split an array."""
         return self._num_devices(self.mesh_axes(*logical))
+
+    def _parts(self, logical: Sequence[str | None]) -> list[tuple[str, ...]]:
+        """What splits each dimension; experts come before the width beside them."""
+        parts = [self._mesh_axes(axis) for axis in logical]
+        if axes.EXPERTS in logical and axes.EMBED in logical:
+            taken, width = self._mesh_axes(axes.EXPERTS), logical.index(axes.EMBED)
+            parts[width] = tuple(name for name in parts[width] if name not in taken)
+        return parts
 
     def _mesh_axes(self, axis: str | None) -> tuple[str, ...]:
         """Where a logical axis is split; a mesh axis of one device splits nothing."""
@@ -295,7 +317,7 @@ class Layout:
         divide. Where there is none the array stays as it is, and the compiler gathers what it
         must. A dimension that its rule does not divide is whole.
         """
-        parts = [self._mesh_axes(axis) for axis in logical]
+        parts = self._parts(logical)
         moved: tuple[str, ...] = ()
         if dim is not None:
             moved, parts[dim] = parts[dim], ()

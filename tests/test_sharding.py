@@ -180,8 +180,8 @@ def test_experts_are_split_as_mlps_are_and_a_shared_one_as_its_rule_says(even):
     moe = Layout.of(mesh, {SHARED_MLP: ("model",)}).params(config)["layers"]["moe"]
     assert moe["up"].shard_shape((2, 4, 12, 10)) == (2, 2, 6, 5)
     assert moe["down"].shard_shape((2, 4, 10, 12)) == (2, 2, 5, 6)
-    assert moe["shared_up"].shard_shape((2, 12, 6)) == (2, 6, 3)
-    assert moe["shared_down"].shard_shape((2, 6, 12)) == (2, 3, 6)
+    assert moe["shared_up"].shard_shape((2, 12, 6)) == (2, 3, 3)
+    assert moe["shared_down"].shard_shape((2, 6, 12)) == (2, 3, 3)
     with pytest.raises(UserError, match=r"layers/moe/gate: expert_mlp of 7 .* 2 devices"):
         Layout(mesh).params(dataclasses.replace(config, expert_mlp_dim=7))
 
@@ -312,6 +312,18 @@ def test_no_device_holds_a_whole_model_while_it_grows(even, name, share):
     shard = sum(leaf.size * 4 for leaf in jax.tree.leaves(abstract_params(target))) / 8
     assert memory.output_size_in_bytes < 1.1 * shard
     assert memory.temp_size_in_bytes < share * shard
+
+
+def test_what_splits_experts_splits_the_width_of_all_else(even):
+    placed = layout(fsdp=2, expert=2, data=2)
+    shardings = placed.params(dataclasses.replace(even, **MIXTURE))
+    assert shardings["layers"]["moe"]["gate"].spec == PartitionSpec(
+        None, ("expert",), ("fsdp",), None
+    )
+    assert shardings["layers"]["attention"]["query"].spec == PartitionSpec(
+        None, ("expert", "fsdp"), None, None
+    )
+    assert shardings["token_embedder"]["embedding"].spec == PartitionSpec(None, ("expert", "fsdp"))
 
 
 def test_a_constraint_splits_an_activation(even):

@@ -30,9 +30,10 @@ _MEGABLOX_DTYPES = (jnp.bfloat16, jnp.float32)
 
 def grouped_matmul(
     rows_MD: Float[Array, "M D"],
-    weights_EDF: Float[Array, "E D F"],
+    weights_EDF: Float[Array, "E _ _"],
     sizes_E: Int[Array, " E"],
     *,
+    transpose: bool = False,
     backend: GroupedBackend = "auto",
 ) -> Float[Array, "M F"]:
     """Row m of group e is `rows_MD[m] @ weights_EDF[e]`; differentiable by rows and weights.
@@ -45,6 +46,7 @@ def grouped_matmul(
         rows_MD: rows, those of a group one after the other and the groups in order.
         weights_EDF: a matrix for every group, in the rows' dtype.
         sizes_E: int32 rows of every group; may be zero; their sum is at most M.
+        transpose: whether matrices are given transposed, `[E, F, D]`; so is their gradient.
         backend: which library's; "auto" chooses by the platform that is compiled for.
 
     Raises:
@@ -54,7 +56,7 @@ def grouped_matmul(
         choices = ", ".join(get_args(GroupedBackend))
         raise UserError(f"there is no grouped matmul {backend!r}: choose one of {choices}")
     _log_once(backend)
-    return _grouped_matmul(backend, rows_MD, weights_EDF, sizes_E)
+    return _grouped_matmul(backend, transpose, rows_MD, weights_EDF, sizes_E)
 
 
 def _dispatch(backend: GroupedBackend, kind: int, *operands: jax.Array) -> jax.Array:
@@ -71,28 +73,36 @@ def _dispatch(backend: GroupedBackend, kind: int, *operands: jax.Array) -> jax.A
 
 
 def _value(
-    backend: GroupedBackend, rows_MD: jax.Array, weights_EDF: jax.Array, sizes_E: jax.Array
+    backend: GroupedBackend,
+    transpose: bool,
+    rows_MD: jax.Array,
+    weights: jax.Array,
+    sizes_E: jax.Array,
 ) -> jax.Array:
-    return _dispatch(backend, 0, rows_MD, weights_EDF, sizes_E)
+    return _dispatch(backend, int(transpose), rows_MD, weights, sizes_E)
 
 
 def _forward(
-    backend: GroupedBackend, rows_MD: jax.Array, weights_EDF: jax.Array, sizes_E: jax.Array
+    backend: GroupedBackend,
+    transpose: bool,
+    rows_MD: jax.Array,
+    weights: jax.Array,
+    sizes_E: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    operands = (rows_MD, weights_EDF, sizes_E)
-    return _value(backend, *operands), operands
+    operands = (rows_MD, weights, sizes_E)
+    return _value(backend, transpose, *operands), operands
 
 
 def _backward(
-    backend: GroupedBackend, residuals: Any, gradient_MF: jax.Array
+    backend: GroupedBackend, transpose: bool, residuals: Any, gradient_MF: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
-    rows_MD, weights_EDF, sizes_E = residuals
-    rows_gradient_MD = _dispatch(backend, 1, gradient_MF, weights_EDF, sizes_E)
-    weights_gradient_EDF = _dispatch(backend, 2, rows_MD, gradient_MF, sizes_E)
-    return rows_gradient_MD, weights_gradient_EDF, None
+    rows_MD, weights, sizes_E = residuals
+    rows_gradient_MD = _dispatch(backend, int(not transpose), gradient_MF, weights, sizes_E)
+    sides = (gradient_MF, rows_MD) if transpose else (rows_MD, gradient_MF)
+    return rows_gradient_MD, _dispatch(backend, 2, *sides, sizes_E), None
 
 
-_grouped_matmul = jax.custom_vjp(_value, nondiff_argnums=(0,))
+_grouped_matmul = jax.custom_vjp(_value, nondiff_argnums=(0, 1))
 _grouped_matmul.defvjp(_forward, _backward)
 
 

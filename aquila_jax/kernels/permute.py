@@ -48,7 +48,7 @@ def permute(
 def unpermute(
     rows_MD: Float[Array, "M D"],
     slots_Nk: Int[Array, "N k"],
-    gates_Nk: Float[Array, "N k"],
+    gates_Nk: Float[Array, "N k"] | None,
     *,
     backend: Backend = "auto",
 ) -> Float[Array, "N D"]:
@@ -61,13 +61,16 @@ def unpermute(
         rows_MD: rows in expert order, bfloat16 or float32.
         slots_Nk: int32 places of the pairs, each at most once. A place that is not in [0, M) adds
             nothing, and its gate has no gradient.
-        gates_Nk: float32 weights.
+        gates_Nk: float32 weights; None where rows are weighted already. The gradient then needs no
+            rows.
         backend: see `aquila_jax.kernels.backend.Backend`.
 
     Raises:
         UserError: there is no such backend.
     """
     check(backend)
+    if gates_Nk is None:
+        return _add_up(backend, rows_MD.shape[0], rows_MD, slots_Nk)
     return _unpermute(backend, rows_MD, slots_Nk, gates_Nk)
 
 
@@ -153,14 +156,36 @@ def _permute_forward(
 def _permute_backward(
     num_rows: int, backend: Backend, slots_Nk: jax.Array, gradient_MD: jax.Array
 ) -> tuple[jax.Array, None]:
-    gradient_ND = dispatch(
-        _fit(backend, gradient_MD, slots_Nk, num_rows),
+    return _sum_value(backend, num_rows, gradient_MD, slots_Nk), None
+
+
+def _sum_value(
+    backend: Backend, num_rows: int, rows_MD: jax.Array, slots_Nk: jax.Array
+) -> jax.Array:
+    return dispatch(
+        _fit(backend, rows_MD, slots_Nk, num_rows),
         functools.partial(unpermute_reference, gates_Nk=None),
         functools.partial(unpermute_kernel, gates_Nk=None),
-        gradient_MD,
+        rows_MD,
         slots_Nk,
     )
-    return gradient_ND, None
+
+
+def _sum_forward(
+    backend: Backend, num_rows: int, rows_MD: jax.Array, slots_Nk: jax.Array
+) -> tuple[jax.Array, Any]:
+    return _sum_value(backend, num_rows, rows_MD, slots_Nk), slots_Nk
+
+
+def _sum_backward(
+    backend: Backend, num_rows: int, slots_Nk: jax.Array, gradient_ND: jax.Array
+) -> tuple[jax.Array, None]:
+    return _permute_value(num_rows, backend, gradient_ND, slots_Nk), None
+
+
+# Each is the other's transpose.
+_add_up = jax.custom_vjp(_sum_value, nondiff_argnums=(0, 1))
+_add_up.defvjp(_sum_forward, _sum_backward)
 
 
 _permute = jax.custom_vjp(_permute_value, nondiff_argnums=(0, 1))

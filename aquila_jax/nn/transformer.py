@@ -15,6 +15,7 @@ from aquila_jax.axes import BATCH, VOCAB
 from aquila_jax.config import ModelConfig
 from aquila_jax.kernels.attention import MIXED
 from aquila_jax.nn.attention import CACHE, KEY, QUERY, VALUE, Attention
+from aquila_jax.nn.embeddings import embed
 from aquila_jax.nn.groups import scanned, scanned_groups
 from aquila_jax.nn.layers import GatedMLP, RMSNorm, declare
 from aquila_jax.nn.losses import WeightedSum, token_cross_entropy
@@ -158,7 +159,7 @@ class Transformer(nn.Module):
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         embedding_VD = Embedder(self.config, name="token_embedder").embedding
-        x_BTD = embedding_VD[tokens_BT].astype(self.dtype)
+        x_BTD = embed(embedding_VD, tokens_BT, self.dtype, self.config, self.layout)
         sees_cached_BTS = None
         if self.has_variable(CACHE, "segment_ids"):
             cached_BS = self.get_variable(CACHE, "segment_ids")

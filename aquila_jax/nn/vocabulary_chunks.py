@@ -49,7 +49,9 @@ class Head:
 
     def mesh_axes(self, axis: str) -> tuple[str, ...]:
         """What splits `axis`, as names for collectives."""
-        return () if self.layout is None else self.layout.mesh_axes(axis)
+        if self.layout is None:
+            return ()
+        return self.layout.width_axes(self.config) if axis == EMBED else self.layout.mesh_axes(axis)
 
     @property
     def num_parts(self) -> int:

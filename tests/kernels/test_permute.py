@@ -64,6 +64,17 @@ def test_gradients_are_the_transposes(num_rows):
         np.testing.assert_allclose(gates_gradient[:, choice], (taken * by_x).sum(1), 1e-5, 1e-6)
 
 
+@pytest.mark.parametrize("num_rows", [None, 18, 30])
+def test_without_gates_rows_are_added_up(num_rows):
+    _, rows, slots, _ = draw(num_rows)
+    combined, pull_back = jax.vjp(lambda rows: unpermute(rows, slots, None), rows)
+    ones = np.ones((N, K))
+    np.testing.assert_allclose(combined, by_hand.unpermute(rows, slots, ones), 2e-6, 1e-6)
+    bar = np.random.default_rng(1).normal(size=(N, D)).astype(np.float32)
+    expected = by_hand.permute(np.asarray(bar, np.float64), slots, len(rows))
+    np.testing.assert_array_equal(pull_back(jnp.asarray(bar))[0], expected)
+
+
 def test_rows_that_no_pair_has_are_never_read():
     _, rows, slots, gates = draw(30)
     unused = np.setdiff1d(np.arange(30), np.asarray(slots))

@@ -17,8 +17,12 @@ from aquila_jax.kernels import permute, unpermute
 from aquila_jax.nn.moe.queues import Queues
 from aquila_jax.nn.moe.ragged import Moves, move
 
-# From rows in a buffer to the experts' outputs, given the rows of every expert that is here.
-Compute = Callable[[jax.Array, jax.Array], jax.Array]
+# From rows in a buffer to the experts' outputs, given the rows of every expert that is here; and
+# perhaps the rows' gates, by which outputs are then weighted.
+Compute = Callable[..., jax.Array]
+
+# Columns of the arrays in which gates travel: numbers that a TPU moves at once.
+_LANES = 128
 
 
 class Fabric(NamedTuple):
@@ -131,9 +135,11 @@ def by_all_to_all(
     *,
     is_fixed: bool,
 ) -> jax.Array:
-    """Every row to its expert's device, and its output back.
+    """Every row to its expert's device with its gate, and its weighted output back.
 
-    Devices that share experts first gather their tokens, and share out the sums in the end.
+    A gate's gradient is then known where its row is computed, so a recomputation for the backward
+    pass needs no outputs, and neither the last product nor the way back is done again. Devices that
+    share experts first gather their tokens, and share out the sums in the end.
 
     Args:
         x_ND: this device's tokens.
@@ -162,9 +168,11 @@ def by_all_to_all(
         send = functools.partial(move, fabric.expert_axes, there, back, places.num_rows)
         send_back = functools.partial(move, fabric.expert_axes, back, there, num_rows)
     arrived_MD = send(permute(all_x_ND, all_slots_Nk, num_rows=num_rows))
+    gates_PL = jnp.broadcast_to(all_gates_Nk.reshape(-1, 1), (all_gates_Nk.size, _LANES))
+    gates_ML = send(permute(gates_PL, all_slots_Nk.reshape(-1, 1), num_rows=num_rows))
     sizes_E = _here(places.sent().sum(axis=(0, 1)), fabric)
-    rows_MD = send_back(compute(arrived_MD, sizes_E))
-    return _scatter_sum(unpermute(rows_MD, all_slots_Nk, all_gates_Nk), fabric.hidden_axes)
+    rows_MD = send_back(compute(arrived_MD, sizes_E, gates_ML[:, 0]))
+    return _scatter_sum(unpermute(rows_MD, all_slots_Nk, None), fabric.hidden_axes)
 
 
 def _first_rows(places: Buffers) -> jax.Array:

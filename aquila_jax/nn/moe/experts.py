@@ -5,12 +5,17 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from aquila_jax.axes import BATCH, EXPERT_MLP
 from aquila_jax.kernels import grouped_matmul
 from aquila_jax.nn.layers import gated_units
 from aquila_jax.sharding import Layout
+
+# An array of hidden units that a device may hold at once, in bytes.
+_PART_BYTES = 2**30
+_LANES = 128
 
 
 class Weights(NamedTuple):
@@ -21,33 +26,138 @@ class Weights(NamedTuple):
     down_EFD: jax.Array
 
 
+class Shards(NamedTuple):
+    """The matrices as one device holds them: a part of the residual's width.
+
+    Attributes:
+        gate_EDF: its rows by `embed_axes`.
+        up_EDF: the same.
+        down_EFD: its columns.
+        embed_axes: mesh axes over which D is split, if any.
+    """
+
+    gate_EDF: jax.Array
+    up_EDF: jax.Array
+    down_EFD: jax.Array
+    embed_axes: tuple[str, ...] = ()
+
+    def parts(self, number: int) -> "Shards":
+        """Arrays with an axis in front, along which hidden units are in so many parts."""
+        gate, up = (_leading(x_EDF, number, 2) for x_EDF in (self.gate_EDF, self.up_EDF))
+        return Shards(gate, up, _leading(self.down_EFD, number, 1), self.embed_axes)
+
+    def whole(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Gathered: gate_EDF, up_EDF and, its columns first like them, down_EDF.
+
+        Gradients are summed over devices in the dtype of the weights.
+        """
+        down_EDF = self.down_EFD.swapaxes(1, 2)
+        arrays = (self.gate_EDF, self.up_EDF, down_EDF)
+        if not self.embed_axes:
+            return arrays
+        gate_EDF, up_EDF, down_EDF = (_gather_rows(x_EDF, self.embed_axes) for x_EDF in arrays)
+        return gate_EDF, up_EDF, down_EDF
+
+
+def _gather_rows(x_EDF: jax.Array, mesh_axes: tuple[str, ...]) -> jax.Array:
+    """All devices' rows of every matrix.
+
+    As one matrix meanwhile, whose rows are split: of such gradients XLA for TPUs (jax 0.10) makes a
+    reduce-scatter, of others an all-reduce, which moves twice as much.
+    """
+    num_experts, _, hidden_dim = x_EDF.shape
+    x_DX = x_EDF.swapaxes(0, 1).reshape(-1, num_experts * hidden_dim)
+    x_DX = lax.all_gather(x_DX, mesh_axes, tiled=True)
+    return x_DX.reshape(-1, num_experts, hidden_dim).swapaxes(0, 1)
+
+
+def _leading(x: jax.Array, parts: int, axis: int) -> jax.Array:
+    split = x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
+    return jnp.moveaxis(split, axis, 0)
+
+
 def on_sorted_rows(
-    rows_MD: Float[Array, "M D"], weights: Weights, sizes_E: Int[Array, " E"]
+    rows_MD: Float[Array, "M D"],
+    weights: Shards,
+    sizes_E: Int[Array, " E"],
+    gates_M: Float[Array, " M"] | None = None,
+    parts: int | None = None,
 ) -> Float[Array, "M D"]:
-    """Outputs of rows that are sorted by expert, `sizes_E` of each; those behind are undefined."""
+    """Outputs of rows that are sorted by expert, `sizes_E` of each; those behind are undefined.
+
+    Args:
+        rows_MD: rows.
+        weights: the experts' matrices.
+        sizes_E: rows of every expert.
+        gates_M: by what outputs are multiplied, if by anything.
+        parts: into how many parts hidden units are cut, which are computed one after the other,
+            and again for the backward pass, so that a part's units stand in memory and no more.
+            None for as many as keep an array of them under 1 GiB; 1 without gates, whose
+            gradients would ask for whole outputs.
+    """
+
+    def add(out_MD: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        gate, up, down = part
+        shards = Shards(gate, up, down, weights.embed_axes)
+        return out_MD + _through_hidden(rows_MD, shards, sizes_E, gates_M), None
+
+    if parts is None:
+        parts = 1 if gates_M is None else _parts(rows_MD, weights.gate_EDF.shape[2])
+    if parts == 1:
+        return _through_hidden(rows_MD, weights, sizes_E, gates_M)
+    cut = tuple(weights.parts(parts))[:3]
+    return lax.scan(jax.checkpoint(add, prevent_cse=False), jnp.zeros_like(rows_MD), cut)[0]
+
+
+def _parts(rows_MD: jax.Array, hidden_dim: int) -> int:
+    """The fewest parts that are small enough, of whole tiles of matrix products."""
+    whole = rows_MD.shape[0] * hidden_dim * rows_MD.dtype.itemsize
+    number = 1
+    while whole / number > _PART_BYTES and hidden_dim % (2 * number * _LANES) == 0:
+        number *= 2
+    return number
+
+
+def _through_hidden(
+    rows_MD: jax.Array, weights: Shards, sizes_E: jax.Array, gates_M: jax.Array | None
+) -> jax.Array:
+    gate_EDF, up_EDF, down_EDF = weights.whole()
 
     # Activated units are computed again for the backward pass: cheap, and as large as what is kept.
     @jax.checkpoint
-    def read_out(gate_MF: jax.Array, up_MF: jax.Array, down_EFD: jax.Array) -> jax.Array:
-        return grouped_matmul(nn.silu(gate_MF) * up_MF, down_EFD, sizes_E)
+    def read_out(gate_MF: jax.Array, up_MF: jax.Array, down_EDF: jax.Array) -> jax.Array:
+        hidden_MF = _weighted(nn.silu(gate_MF) * up_MF, gates_M)
+        return grouped_matmul(hidden_MF, down_EDF, sizes_E, transpose=True)
 
-    gate_MF = grouped_matmul(rows_MD, weights.gate_EDF, sizes_E)
-    up_MF = grouped_matmul(rows_MD, weights.up_EDF, sizes_E)
-    return read_out(gate_MF, up_MF, weights.down_EFD)
+    gate_MF = grouped_matmul(rows_MD, gate_EDF, sizes_E)
+    up_MF = grouped_matmul(rows_MD, up_EDF, sizes_E)
+    return read_out(gate_MF, up_MF, down_EDF)
 
 
-def on_slots(rows_MD: Float[Array, "M D"], weights: Weights) -> Float[Array, "M D"]:
-    """Outputs of rows of which every expert has equally many, those of one after the other."""
-    num_experts, embed_dim, _ = weights.gate_EDF.shape
+def _weighted(hidden: jax.Array, gates: jax.Array | None) -> jax.Array:
+    return hidden if gates is None else (hidden * gates[..., None]).astype(hidden.dtype)
+
+
+def on_slots(
+    rows_MD: Float[Array, "M D"], weights: Shards, gates_M: Float[Array, " M"] | None = None
+) -> Float[Array, "M D"]:
+    """Outputs of rows of which every expert has equally many, those of one after the other.
+
+    Weighted by `gates_M` where they are given.
+    """
+    gate_EDF, up_EDF, down_EDF = weights.whole()
+    num_experts, embed_dim, _ = gate_EDF.shape
     rows_ECD = rows_MD.reshape(num_experts, -1, embed_dim)
+    gates_EC = None if gates_M is None else gates_M.reshape(num_experts, -1)
 
     @jax.checkpoint
-    def read_out(gate_ECF: jax.Array, up_ECF: jax.Array, down_EFD: jax.Array) -> jax.Array:
-        return jnp.einsum("ECF,EFD->ECD", nn.silu(gate_ECF) * up_ECF, down_EFD)
+    def read_out(gate_ECF: jax.Array, up_ECF: jax.Array, down_EDF: jax.Array) -> jax.Array:
+        hidden_ECF = _weighted(nn.silu(gate_ECF) * up_ECF, gates_EC)
+        return jnp.einsum("ECF,EDF->ECD", hidden_ECF, down_EDF)
 
-    gate_ECF = jnp.einsum("ECD,EDF->ECF", rows_ECD, weights.gate_EDF)
-    up_ECF = jnp.einsum("ECD,EDF->ECF", rows_ECD, weights.up_EDF)
-    return read_out(gate_ECF, up_ECF, weights.down_EFD).reshape(rows_MD.shape)
+    gate_ECF = jnp.einsum("ECD,EDF->ECF", rows_ECD, gate_EDF)
+    up_ECF = jnp.einsum("ECD,EDF->ECF", rows_ECD, up_EDF)
+    return read_out(gate_ECF, up_ECF, down_EDF).reshape(rows_MD.shape)
 
 
 def on_all_tokens(

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from aquila_jax.axes import BATCH, EMBED, EXPERT_MLP, EXPERTS
@@ -22,7 +21,13 @@ from aquila_jax.nn.moe.exchange import (
     on_one_device,
     slots_in_buffers,
 )
-from aquila_jax.nn.moe.experts import Weights, on_all_tokens, on_slots, on_sorted_rows
+from aquila_jax.nn.moe.experts import (
+    Shards,
+    Weights,
+    on_all_tokens,
+    on_slots,
+    on_sorted_rows,
+)
 from aquila_jax.nn.moe.queues import Queues, capacity_of, endless, limited, renormalised
 from aquila_jax.nn.moe.router import Report, Sums, report, sums_of
 from aquila_jax.nn.moe.settings import Dispatch
@@ -72,7 +77,8 @@ def mix(
         device_groups = 1
     else:
         fabric = fabric_of(layout, dispatch, config.experts_per_token)
-        body = functools.partial(mix_shard, config, dispatch, fabric, layout.mesh_axes(EMBED))
+        embed_axes = (axis for axis in layout.mesh_axes(EMBED) if axis not in fabric.expert_axes)
+        body = functools.partial(mix_shard, config, dispatch, fabric, tuple(embed_axes))
         tokens, matrix = (BATCH, EXPERT_MLP), (EXPERTS, EMBED, EXPERT_MLP)
         wide = (*tokens, None)
         specs: list[Any] = [wide if name.endswith("E") else tokens for name in Sums._fields]
@@ -161,14 +167,9 @@ def mix_shard(
 ) -> tuple[jax.Array, Sums]:
     """`mix` on one device's tokens and experts.
 
-    Weights are gathered over `embed_axes` for use, so their gradients are summed and split over
-    them in one go (a reduce-scatter), not summed everywhere.
+    Weights are split over `embed_axes`, and gathered for use.
     """
-    weights = Weights(
-        _gather(gate_EDF, embed_axes, 1),
-        _gather(up_EDF, embed_axes, 1),
-        _gather(down_EFD, embed_axes, 2),
-    )
+    weights = Shards(gate_EDF, up_EDF, down_EFD, embed_axes)
     k, is_fixed = config.experts_per_token, dispatch.strategy == "capacity"
     routed = _route(config, dispatch, logits_BTE, is_token_BT, bias_E)
     queues = _queues(config, dispatch, routed, is_token_BT.reshape(-1))
@@ -176,8 +177,12 @@ def mix_shard(
     places = buffers(queues, fabric, num_rows)
     slots_Nk = slots_in_buffers(queues, places, fabric)
 
-    def compute(rows_MD: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        return on_slots(rows_MD, weights) if is_fixed else on_sorted_rows(rows_MD, weights, sizes_E)
+    def compute(
+        rows_MD: jax.Array, sizes_E: jax.Array, gates_M: jax.Array | None = None
+    ) -> jax.Array:
+        if is_fixed:
+            return on_slots(rows_MD, weights, gates_M)
+        return on_sorted_rows(rows_MD, weights, sizes_E, gates_M)
 
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     gates_Nk = queues.gates_Nk * config.router_scale
@@ -189,10 +194,6 @@ def mix_shard(
         out_ND = by_all_to_all(x_ND, gates_Nk, queues, places, fabric, compute, is_fixed=is_fixed)
     sums = sums_of(logits_BTE, is_token_BT, routed, queues, slots_Nk, k)
     return out_ND.reshape(x_BTD.shape), sums
-
-
-def _gather(weights: jax.Array, mesh_axes: tuple[str, ...], axis: int) -> jax.Array:
-    return lax.all_gather(weights, mesh_axes, axis=axis, tiled=True) if mesh_axes else weights
 
 
 def _falls_back(config: ModelConfig, dispatch: Dispatch) -> bool:
