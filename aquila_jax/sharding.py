@@ -23,7 +23,7 @@ MESH_AXES = ("slice", "data", "fsdp", "expert", "model")
 # splits experts does not split the width of the same array.
 DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
     axes.BATCH: ("slice", "data", "fsdp", "expert"),
-    axes.EMBED: ("expert", "fsdp"),
+    axes.EMBED: ("fsdp", "expert"),
     axes.Q_HEADS: ("model",),
     axes.KV_HEADS: ("model",),
     axes.MLP: ("model",),
@@ -307,6 +307,20 @@ class Layout:
     def constrain(self, x: jax.Array, *logical: str | None) -> jax.Array:
         """`x`, with its sharding fixed inside a jitted computation."""
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(logical)))
+
+    def join_width(self, matrix: jax.Array, logical: Sequence[str]) -> jax.Array:
+        """A matrix of one layer, its width no longer split over what splits experts.
+
+        So the compiler gathers it, and splits its gradient, in two steps. In one, XLA for TPUs (jax
+        0.10) makes all-reduces of shards too narrow for its tiles, which move twice as much.
+        """
+        parts, taken = self._parts(logical), self._mesh_axes(axes.EXPERTS)
+        width = logical.index(axes.EMBED)
+        if not set(parts[width]) & set(taken):
+            return matrix
+        parts[width] = tuple(name for name in parts[width] if name not in taken)
+        spec = PartitionSpec(*(part or None for part in parts))
+        return jax.lax.with_sharding_constraint(matrix, NamedSharding(self.mesh, spec))
 
     def constrain_except(
         self, x: jax.Array, logical: Sequence[str | None], dim: int | None

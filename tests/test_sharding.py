@@ -321,9 +321,9 @@ def test_what_splits_experts_splits_the_width_of_all_else(even):
         None, ("expert",), ("fsdp",), None
     )
     assert shardings["layers"]["attention"]["query"].spec == PartitionSpec(
-        None, ("expert", "fsdp"), None, None
+        None, ("fsdp", "expert"), None, None
     )
-    assert shardings["token_embedder"]["embedding"].spec == PartitionSpec(None, ("expert", "fsdp"))
+    assert shardings["token_embedder"]["embedding"].spec == PartitionSpec(None, ("fsdp", "expert"))
 
 
 def test_a_constraint_splits_an_activation(even):

@@ -7,7 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from aquila_jax.axes import BATCH, KV_HEADS, Q_HEADS
+from aquila_jax.axes import BATCH, EMBED, HEAD_DIM, KV_HEADS, Q_HEADS
 from aquila_jax.config import ModelConfig
 from aquila_jax.kernels.attention import MIXED, attend, causal_mask
 from aquila_jax.nn.layers import declare, rms_norm, rotary
@@ -106,6 +106,8 @@ class Attention(nn.Module):
             )
         mixed_BTNH = checkpoint_name(mixed_BTNH, MIXED)
         out_NHD = declare(self, self.config, "layers/attention/out").astype(self.dtype)
+        if self.layout is not None:
+            out_NHD = self.layout.join_width(out_NHD, (Q_HEADS, HEAD_DIM, EMBED))
         return jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, out_NHD)
 
     def _normalise(self, heads_BTNH: jax.Array, name: str) -> jax.Array:
@@ -117,6 +119,8 @@ class Attention(nn.Module):
         """Query, key or value: `[B, T, N, H]` or `[B, T, K, H]`."""
         path = f"layers/attention/{name}"
         kernel_DNH = declare(self, self.config, path).astype(self.dtype)
+        if self.layout is not None:
+            kernel_DNH = self.layout.join_width(kernel_DNH, (EMBED, heads, HEAD_DIM))
         projected_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, kernel_DNH)
         if self.config.qkv_bias:
             projected_BTNH += declare(self, self.config, f"{path}_bias").astype(self.dtype)

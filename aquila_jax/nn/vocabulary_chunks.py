@@ -160,7 +160,8 @@ class _Chunks:
         ).astype(dtype)
         if self.head.splits_width and (parts := self.head.mesh_axes(VOCAB)):
             part_DC = jax.lax.all_to_all(part_DC, parts, 1, 0, tiled=True)
-        if widths := self.head.mesh_axes(EMBED):
+        # The last axes first: see `Layout.join_width`.
+        for widths in reversed(self.head.mesh_axes(EMBED)):
             part_DC = jax.lax.all_gather(part_DC, widths, axis=0, tiled=True)
         return part_DC
 
