@@ -4,41 +4,47 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+# What jitted functions of megablox are called.
+_GROUPED = ("gmm", "tgmm")
 
-def executed_flops(jaxpr: Any) -> float:
+
+def executed_flops(jaxpr: Any, filled: float = 1.0) -> float:
     """Of matrix products, over all devices; a multiply and an add are two.
 
     XLA's own count sees a loop's body once and a custom call not at all. Here a scan's body
     counts as often as it runs, a Pallas kernel what its cost estimate says, recomputation as
-    often as it happens, and a grouped product every row once. Of branches the costliest counts,
+    often as it happens, and a grouped product every row that is `filled` once. Of branches the
+    costliest counts,
     of those that depend on the platform a TPU's. A `while` of unknown length counts once.
 
     Args:
         jaxpr: `jax.stages.Traced.jaxpr`.
+        filled: which part of the rows of grouped products belongs to a group. Kernels pass over
+            the others, but their cost estimates count them.
     """
     inner = getattr(jaxpr, "jaxpr", jaxpr)
-    return sum(_equation_flops(equation) for equation in inner.eqns)
+    return sum(_equation_flops(equation, filled) for equation in inner.eqns)
 
 
-def _equation_flops(equation: Any) -> float:
+def _equation_flops(equation: Any, filled: float) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _dot_flops(equation)
     if name.startswith("ragged_dot"):
-        return 2.0 * _ragged_products(equation)
+        return 2.0 * filled * _ragged_products(equation)
     if name == "pallas_call":
         return float(getattr(params.get("cost_estimate"), "flops", 0) or 0)
     if name == "cond":
         branches, platforms = params["branches"], params.get("branches_platforms")
         if platforms is not None:
-            return executed_flops(branches[_tpu_branch(platforms)])
-        return max(executed_flops(branch) for branch in branches)
-    times = 1
+            return executed_flops(branches[_tpu_branch(platforms)], filled)
+        return max(executed_flops(branch, filled) for branch in branches)
+    times = filled if params.get("name") in _GROUPED else 1.0
     if name == "scan":
         times = params["length"]
     elif name == "shard_map":
         times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
-    return times * sum(executed_flops(inner) for inner in _inner(params))
+    return times * sum(executed_flops(inner, filled) for inner in _inner(params))
 
 
 def _tpu_branch(platforms: Any) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from aquila_jax import accounting
 from aquila_jax.config import PRESETS, ModelConfig
+from aquila_jax.nn.moe.mixing import filled_share
 from aquila_jax.planning.chips import Topology
 from aquila_jax.planning.flops import executed_flops
 from aquila_jax.planning.hlo import parse
@@ -158,7 +159,8 @@ def make_plan(
     work, traffic, bound = None, Traffic((), 0), None
     if outcome.executable is not None:
         traffic = traffic_of(parse(outcome.executable.as_text()), len(devices))
-        work = _work(program, outcome, traffic)
+        filled = filled_share(run.model, run.dispatch, program.layout) if what == "train" else 1.0
+        work = _work(program, outcome, traffic, filled)
         bound = roofline(work, topology)
     run_tokens = run.steps * program.tokens if what == "train" else 0
     plan = Plan(
@@ -184,13 +186,13 @@ def make_plan(
     return plan, program, outcome
 
 
-def _work(program: Program, outcome: Outcome, traffic: Traffic) -> Work:
+def _work(program: Program, outcome: Outcome, traffic: Traffic, filled: float) -> Work:
     slices = program.slices
     sent = [collective.sent(slices) for collective in traffic.collectives]
     memory = outcome.memory
     return Work(
         program.model_flops,
-        executed_flops(program.traced.jaxpr),
+        executed_flops(program.traced.jaxpr, filled),
         memory.arguments + memory.outputs + memory.replaced + 2 * memory.temporaries,
         sum(ici for ici, _ in sent),
         sum(dcn for _, dcn in sent),

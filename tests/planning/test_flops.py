@@ -6,6 +6,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from aquila_jax import accounting, preset
+from aquila_jax.kernels import grouped_matmul
 from aquila_jax.nn import Transformer
 from aquila_jax.planning.flops import executed_flops
 
@@ -89,3 +90,15 @@ def test_a_dense_model_executes_what_accounting_says_and_the_masked_half_of_atte
     executed = flops_of(functools.partial(model.apply), variables, tokens)
     counted = 2 * 64 * accounting.training_flops_per_token(config, 2 * 64) / 3
     assert executed == pytest.approx(counted)
+
+
+@pytest.mark.parametrize("backend", ["ragged", "megablox"])
+def test_rows_of_no_group_do_not_count(backend):
+    rows_MD, weights_EDF = jnp.zeros((512, 128)), jnp.zeros((4, 128, 256))
+
+    def product(rows_MD, weights_EDF):
+        return grouped_matmul(rows_MD, weights_EDF, jnp.full(4, 32), backend=backend)
+
+    jaxpr = jax.jit(product).trace(rows_MD, weights_EDF).jaxpr
+    assert executed_flops(jaxpr) == 2 * 512 * 128 * 256
+    assert executed_flops(jaxpr, filled=0.25) == 2 * 128 * 128 * 256

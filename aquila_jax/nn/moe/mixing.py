@@ -242,6 +242,16 @@ def _capacity(config: ModelConfig, dispatch: Dispatch, num_tokens: int) -> int:
     )
 
 
+def filled_share(config: ModelConfig, dispatch: Dispatch, layout: Layout) -> float:
+    """Which part of the rows that devices make room for is filled, when nothing is dropped."""
+    if not config.is_moe or dispatch.strategy != "dropless":
+        return 1.0
+    fabric, tokens = fabric_of(layout, dispatch, config.experts_per_token), 2**16
+    rows = _num_rows(config, dispatch, fabric, tokens)
+    average = tokens * fabric.num_sources * config.experts_per_token / fabric.expert_shards
+    return min(average / rows, 1.0)
+
+
 def _num_rows(config: ModelConfig, dispatch: Dispatch, fabric: Fabric, num_tokens: int) -> int:
     """M: rows that a device makes room for, when sources have `num_tokens` each."""
     experts_here = config.num_experts // fabric.expert_shards

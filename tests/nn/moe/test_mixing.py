@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aquila_jax import preset
 from aquila_jax.nn import Dispatch
 from aquila_jax.nn.moe.experts import Weights
-from aquila_jax.nn.moe.mixing import mix
+from aquila_jax.nn.moe.mixing import filled_share, mix
 from aquila_jax.sharding import Layout, MeshShape
 
 E, K, B, T = 4, 2, 8, 12
@@ -113,3 +114,15 @@ def test_measuring_and_generating_drop_nothing():
     for dropping in (dataclasses.replace(ROOMY, jitter=0.1), Dispatch(buffer_factor=1.0)):
         kept = dropping.without_drops()
         assert (kept.strategy, kept.buffer_factor, kept.jitter) == ("dropless", 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("expert", "settings", "share"),
+    [(1, {}, 1.0), (2, {}, 0.5), (4, {}, 0.5), (4, {"buffer_factor": 1.6}, 0.625)],
+)
+def test_the_share_of_a_buffer_that_is_filled(expert, settings, share):
+    """k of 2 among 4 experts: all rows may choose 2 here, or where one is here, that one."""
+    config = dataclasses.replace(preset("toy_dense"), num_experts=4, experts_per_token=2)
+    layout = Layout(MeshShape(data=-1, expert=expert).build())
+    assert filled_share(config, Dispatch(**settings), layout) == pytest.approx(share, rel=1e-3)
+    assert filled_share(config, Dispatch(strategy="capacity"), layout) == 1
