@@ -14,8 +14,8 @@ def executed_flops(jaxpr: Any, filled: float = 1.0) -> float:
     XLA's own count sees a loop's body once and a custom call not at all. Here a scan's body
     counts as often as it runs, a Pallas kernel what its cost estimate says, recomputation as
     often as it happens, and a grouped product every row that is `filled` once. Of branches the
-    costliest counts,
-    of those that depend on the platform a TPU's. A `while` of unknown length counts once.
+    costliest counts, of those that depend on the platform a TPU's. A `while` of unknown length
+    counts once.
 
     Args:
         jaxpr: `jax.stages.Traced.jaxpr`.
