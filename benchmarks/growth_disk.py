@@ -11,8 +11,8 @@ Two measurements, each process by itself, peak resident memory as the operating 
 
 Ratios are of runs that follow each other, so that a noisy machine is noisy for both; the first
 run of each is not counted. Ours flushes what it wrote to the disk before it gives it its name;
-mergekit and cp leave that to the operating system. Needs 12 GB
-of free disk in --dir. Writes growth_disk.md to --out.
+mergekit and cp leave that to the operating system, so they are reported a second time with a
+`sync` of their files. Needs 14 GB of free disk in --dir. Writes growth_disk.md to --out.
 """
 
 import argparse
@@ -50,14 +50,17 @@ SMALL = ModelConfig(
 BILLION = ModelConfig(
     vocab_size=32000,
     embed_dim=2048,
-    num_layers=18,
+    num_layers=20,
     num_heads=16,
     num_kv_heads=4,
     head_dim=128,
     mlp_dim=5632,
     qkv_bias=False,
 )
-LARGER = {"embed_dim": 2560, "num_layers": 26, "num_heads": 20, "mlp_dim": 7168}
+LARGER = {"embed_dim": 2560, "num_layers": 30, "num_heads": 20, "mlp_dim": 7168}
+
+
+OURS = "aquila grow"
 
 
 class Run(NamedTuple):
@@ -87,7 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"Made by `benchmarks/growth_disk.py` on {platform.system()} {platform.machine()}, "
         f"{os.cpu_count()} cores, Python {platform.python_version()}, jax {jax.__version__}; "
         f"median of {options.repeat} runs and half their range; GB/s of bytes written. "
-        "Ours flushes to the disk before it ends, the others do not.\n\n" + "\n".join(lines) + "\n"
+        "Ours flushes to the disk before it ends; the others do so only where it is said. Other "
+        "programs ran on the machine: ratios are of runs that follow each other.\n\n"
+        + "\n".join(lines)
+        + "\n"
     )
     options.out.mkdir(parents=True, exist_ok=True)
     write_text(options.out / "growth_disk.md", text)
@@ -105,7 +111,7 @@ def _scale_out(options: argparse.Namespace, work: Path) -> list[str]:
         f"base_model: {source}\ngate_mode: random\ndtype: bfloat16\nexperts:\n{experts}",
     )
     commands = {
-        "aquila grow": _grow(
+        OURS: _grow(
             source,
             work / "out",
             "sparse_upcycling",
@@ -128,7 +134,7 @@ def _scale_up(options: argparse.Namespace, work: Path) -> list[str]:
         f"Scale-up of {num_parameters(BILLION) / 1e9:.2f}B parameters to "
         f"{num_parameters(target) / 1e9:.2f}B, isometric, bfloat16"
     )
-    commands = {"aquila grow": _grow(source, work / "out", "isometric", LARGER)}
+    commands = {OURS: _grow(source, work / "out", "isometric", LARGER)}
     return _compare(options, work, title, commands)
 
 
@@ -142,34 +148,46 @@ def _grow(source: Path, target: Path, growth: str, changes: dict[str, int]) -> l
 def _compare(
     options: argparse.Namespace, work: Path, title: str, commands: dict[str, list[str]]
 ) -> list[str]:
-    """Rows of a table: every command `repeat` times in turn, each followed by a copy."""
-    runs: dict[str, list[Run]] = {name: [] for name in (*commands, "cp of the result")}
-    size = 0
-    for repeat in range(options.repeat + 1):
-        if repeat == 1:
-            runs = {name: [] for name in runs}
+    """Rows of a table: every command `repeat` times in turn, ours followed by a copy."""
+    rounds, size = [], 0
+    for _ in range(options.repeat + 1):
+        one: dict[str, Run] = {}
         for name, command in commands.items():
-            runs[name].append(_measure(command))
-            if name == "aquila grow":
-                size = sum(file.stat().st_size for file in (work / "out").iterdir())
+            one[name] = _measure(command)
+            if name == OURS:
                 copy = ["cp", "-r", str(work / "out"), str(work / "copy")]
-                runs["cp of the result"].append(_measure(copy))
+                one["cp of the result"] = _measure(copy)
+                one["cp, flushed"] = _flushed(one["cp of the result"], work / "copy")
+                size = sum(file.stat().st_size for file in (work / "out").iterdir())
                 shutil.rmtree(work / "copy")
+            else:
+                one[f"{name}, flushed"] = _flushed(one[name], work / "out")
             shutil.rmtree(work / "out")
-    ours = runs["aquila grow"]
+        rounds.append(one)
+    return _table(title, size, rounds[1:])
+
+
+def _table(title: str, size: int, rounds: Sequence[dict[str, Run]]) -> list[str]:
+    """Every program's medians over the rounds, and those of its ratios to ours."""
     lines = [f"## {title}", "", f"{size / 1e9:.2f} GB written.", ""]
     lines += ["| | seconds | GB/s | peak GB | time, ours to this | memory, ours to this |"]
     lines += ["|---|---|---|---|---|---|"]
-    for name, theirs in runs.items():
-        seconds = [run.seconds for run in theirs]
-        ratios = [a.seconds / b.seconds for a, b in zip(ours, theirs, strict=True)]
-        memory = [a.peak / b.peak for a, b in zip(ours, theirs, strict=True)]
+    for name in rounds[0]:
+        seconds = [one[name].seconds for one in rounds]
+        ratios = [one[OURS].seconds / one[name].seconds for one in rounds]
+        memory = [one[OURS].peak / one[name].peak for one in rounds]
         lines.append(
             f"| {name} | {_spread(seconds)} | {size / 1e9 / statistics.median(seconds):.2f} | "
-            f"{_spread([run.peak / 1e9 for run in theirs])} | {_spread(ratios)} | "
+            f"{_spread([one[name].peak / 1e9 for one in rounds])} | {_spread(ratios)} | "
             f"{_spread(memory)} |"
         )
     return [*lines, ""]
+
+
+def _flushed(run: Run, written: Path) -> Run:
+    """The run with the time that its files then take to reach the disk."""
+    sync = _measure(["sync", "-d", *map(str, written.iterdir())])
+    return Run(run.seconds + sync.seconds, run.peak)
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -107,7 +107,8 @@ class _AnswerSource(seqio.DataSource):
         def ragged(name: str) -> Any:
             return tf.ragged.constant([row[name] for row in rows], dtype=tf.int32, ragged_rank=1)
 
-        dataset = tf.data.Dataset.from_tensor_slices({name: ragged(name) for name in _FEATURES})
+        parts: Any = {name: ragged(name) for name in _FEATURES}
+        dataset = tf.data.Dataset.from_tensor_slices(parts)
         return dataset.shuffle(max(1, len(rows)), seed=seed) if shuffle else dataset
 
 

@@ -1,5 +1,6 @@
 import json
 import shutil
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,9 @@ from aquila_jax.errors import UserError
 @pytest.fixture
 def chats(tmp_path):
     """Forty prompts, and a conversation of two answers."""
-    lines = [{"prompt": f"{chr(65 + i % 20)}?", "answer": f"{chr(70 + i % 20)}"} for i in range(40)]
+    lines: list[dict[str, Any]] = [
+        {"prompt": f"{chr(65 + i % 20)}?", "answer": f"{chr(70 + i % 20)}"} for i in range(40)
+    ]
     turns = [("user", "A?"), ("assistant", "B"), ("user", "C?"), ("assistant", "D")]
     messages = [{"role": role, "content": content} for role, content in turns]
     lines.append({"messages": messages})

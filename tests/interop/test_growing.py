@@ -1,10 +1,14 @@
 import dataclasses
 import json
 import os
+import tempfile
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from aquila_jax import RopeScaling, UserError, load_hf, save_hf, scale_out, scale_up
 from aquila_jax.axes import flatten
@@ -13,9 +17,12 @@ from aquila_jax.growth import ScaleOut, ScaleUp, apply_plan
 from aquila_jax.growth.content import content_hash
 from aquila_jax.interop import growing, writer
 from aquila_jax.interop.growing import grow_files, is_finite
+from tests.growth.test_exact import growths
 
 from .conftest import edit_tensors
 
+METHODS = ("fpi", "aki_pro", "isometric", "zero_pad", "latent")
+DTYPES = ("float32", "bfloat16")
 LARGER = {"embed_dim": 18, "num_heads": 6, "mlp_dim": 33, "num_layers": 5, "vocab_size": 70}
 MIXTURE = {"num_experts": 4, "experts_per_token": 2}
 QWEN3 = {"qkv_bias": False, "qk_norm": True, "rope_scaling": RopeScaling("linear", 2.0)}
@@ -94,6 +101,32 @@ def test_a_growth_from_disk_to_disk_gives_the_bits_of_one_in_memory(
     assert kept == json.loads(json_bytes(certificate.to_dict()))
     for name in ("embed_dim", "num_heads", "num_layers", "vocab_size", "num_experts"):
         assert getattr(found, name) == getattr(target, name)
+
+
+@settings(max_examples=8, deadline=None)
+@given(pair=growths(), method=st.sampled_from(METHODS), dtype=st.sampled_from(DTYPES))
+def test_any_growth_from_disk_to_disk_gives_the_bits_of_one_in_memory(
+    random_params, pair, method, dtype
+):
+    source, target = pair
+    growth = ScaleUp(method)
+    with tempfile.TemporaryDirectory() as work:
+        path, grown_path = Path(work) / "source", Path(work) / "grown"
+        try:
+            growth.plan(source, target)
+            save_hf(random_params(source), source, path, dtype=dtype)
+            certificate = grow_files(path, grown_path, target, growth)
+        except UserError as error:
+            refused = "no Hugging Face family" in str(error) or "cannot grow num_kv_heads" in str(
+                error
+            )
+            assume(not refused)
+            raise
+        params, found = load_hf(path)
+        expected = scale_up(params, found, target, method=method).params
+        grown = load_hf(grown_path)[0]
+        assert_same_bits(grown, expected)
+        assert certificate.target_hash == content_hash(expected, target)
 
 
 def test_the_public_functions_give_the_same_bits(saved, tmp_path):
