@@ -88,7 +88,9 @@ def table(ours: list[dict[str, Any]], peers: list[dict[str, Any]]) -> str:
     if peers:
         lines += [
             "",
-            f"Peer: {peers[0]['library']} (jax {peers[0]['jax']}), `RoutedMoE` with megablox.",
+            f"Peer: {peers[0]['library']} (jax {peers[0]['jax']}), `RoutedMoE` with megablox, by",
+            "`benchmarks/moe/layer_maxtext.py`. Neither layer is rematerialised from outside; ours",
+            "computes activated units again by itself (`aquila_jax/nn/moe/experts.py`).",
         ]
     return "\n".join(lines) + "\n"
 
