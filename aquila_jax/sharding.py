@@ -23,6 +23,8 @@ MESH_AXES = ("slice", "data", "fsdp", "expert", "model")
 # splits experts does not split the width of the same array.
 DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
     axes.BATCH: ("slice", "data", "fsdp", "expert"),
+    # Of the residual, between the parts of a layer.
+    axes.TOKENS: ("model",),
     axes.EMBED: ("fsdp", "expert"),
     axes.Q_HEADS: ("model",),
     axes.KV_HEADS: ("model",),
@@ -279,7 +281,7 @@ class Layout:
 
     def batch(self) -> NamedSharding:
         """The sharding of every `[B, T]` array of a batch."""
-        return NamedSharding(self.mesh, self.spec((axes.BATCH, axes.TOKENS), "the batch"))
+        return NamedSharding(self.mesh, self.spec((axes.BATCH, None), "the batch"))
 
     def own_rows(self, batch_size: int) -> list[int]:
         """Which rows of a batch lie on devices of this process, in order."""
@@ -321,6 +323,15 @@ class Layout:
         parts[width] = tuple(name for name in parts[width] if name not in taken)
         spec = PartitionSpec(*(part or None for part in parts))
         return jax.lax.with_sharding_constraint(matrix, NamedSharding(self.mesh, spec))
+
+    def constrain_residual(self, x_BTD: jax.Array) -> jax.Array:
+        """The residual between the parts of a layer: split over tokens too, where they divide.
+
+        So norms and what is stored for the backward pass are shared by the devices that share the
+        matrices (sequence parallelism, arXiv 2205.05198).
+        """
+        whole = x_BTD.shape[1] % self.shards(axes.TOKENS) != 0
+        return self.constrain(x_BTD, axes.BATCH, None if whole else axes.TOKENS, None)
 
     def constrain_except(
         self, x: jax.Array, logical: Sequence[str | None], dim: int | None

@@ -168,7 +168,7 @@ def test_parameters_and_batch_are_split_as_the_rules_say(even):
     assert placed.batch().shard_shape((8, 10)) == (2, 10)
     assert placed.batch_shards == 4
     assert placed.replicated().is_fully_replicated
-    assert placed.spec((BATCH, TOKENS, None, MLP)) == PartitionSpec(
+    assert placed.spec((BATCH, None, None, MLP)) == PartitionSpec(
         ("data", "fsdp"), None, None, ("model",)
     )
 
@@ -330,3 +330,13 @@ def test_a_constraint_splits_an_activation(even):
     placed = layout(data=2, fsdp=2, model=2)
     x = jax.jit(lambda x: placed.constrain(2 * x, BATCH, None, MLP))(jnp.ones((8, 3, 20)))
     assert x.addressable_shards[0].data.shape == (2, 3, 10)
+
+
+@pytest.mark.parametrize(("tokens", "own"), [(10, 5), (7, 7)])
+def test_the_residual_is_split_over_tokens_where_they_divide(tokens, own):
+    placed = layout(data=2, fsdp=2, model=2)
+    x = jax.jit(placed.constrain_residual)(jnp.ones((8, tokens, 12)))
+    assert x.addressable_shards[0].data.shape == (2, own, 12)
+    whole = Layout.of(placed.mesh, {TOKENS: ()})
+    x = jax.jit(whole.constrain_residual)(jnp.ones((8, tokens, 12)))
+    assert x.addressable_shards[0].data.shape == (2, tokens, 12)

@@ -65,6 +65,8 @@ class Block(nn.Module):
         norm = RMSNorm(config, "layers/pre_attention_norm/scale", name="pre_attention_norm")
         attention = Attention(config, dtype, layout, name="attention")
         x_BTD += attention(norm(x_BTD), positions_BT, segment_ids_BT, sees_cached_BTS)
+        if layout is not None:
+            x_BTD = layout.constrain_residual(x_BTD)
         normalised_BTD = RMSNorm(config, "layers/pre_mlp_norm/scale", name="pre_mlp_norm")(x_BTD)
         if self.has_experts:
             moe = MixtureOfExperts(config, dtype, layout, self.dispatch, name="moe")
@@ -72,7 +74,7 @@ class Block(nn.Module):
         else:
             x_BTD += GatedMLP(config, dtype, layout, name="mlp")(normalised_BTD)
         if layout is not None:
-            x_BTD = layout.constrain(x_BTD, BATCH, None, None)
+            x_BTD = layout.constrain_residual(x_BTD)
         return x_BTD, None
 
 
@@ -160,6 +162,8 @@ class Transformer(nn.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         embedding_VD = Embedder(self.config, name="token_embedder").embedding
         x_BTD = embed(embedding_VD, tokens_BT, self.dtype, self.config, self.layout)
+        if self.layout is not None:
+            x_BTD = self.layout.constrain_residual(x_BTD)
         sees_cached_BTS = None
         if self.has_variable(CACHE, "segment_ids"):
             cached_BS = self.get_variable(CACHE, "segment_ids")

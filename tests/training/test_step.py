@@ -1,14 +1,18 @@
 """A batch in parts gives the update of the whole batch."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from aquila_jax import Transformer, axes
+from aquila_jax.planning.chips import parse_topology
+from aquila_jax.planning.topology import devices_of
 from aquila_jax.sharding import Layout, MeshShape
 from aquila_jax.training.optimizer import AdamW, Cosine
+from aquila_jax.training.run import placed
 from aquila_jax.training.step import RouterLosses, make_train_step, new_state, state_shardings
 
 
@@ -55,3 +59,36 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(
         second = [leaf for leaf in jax.tree.leaves(parts.opt_state) if leaf.ndim]
         for a, b in zip(first, second, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-7)
+
+
+def test_a_step_with_all_of_it_compiles_for_two_slices(tiny):
+    """By the real compiler: an odd vocabulary, parts, offloading, sequence parallelism, splash."""
+    config = dataclasses.replace(
+        tiny, vocab_size=4097, embed_dim=256, head_dim=128, mlp_dim=512, context_length=512
+    )
+    devices = devices_of(parse_topology("v5p:2x2x1", slices=2))
+    layout = Layout(MeshShape(slices=2, data=1, fsdp=2, model=2).build(devices))
+    optimizer = AdamW(Cosine(1e-2, 0)).build(10, axes.parameters(config))
+    model = Transformer(config, dtype=jax.numpy.bfloat16, remat="offload", layout=layout)
+    shapes = jax.eval_shape(
+        lambda params: new_state(params, optimizer), axes.abstract_params(config)
+    )
+    state = placed(shapes, state_shardings(shapes, layout, config))
+    batch = {
+        name: jax.ShapeDtypeStruct((16, 512), dtype, sharding=layout.batch())
+        for name, dtype in {
+            **dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), np.int32),
+            "loss_weights": np.float32,
+        }.items()
+    }
+    step: Any = make_train_step(model, optimizer, RouterLosses(), micro_batches=2)
+    with jax.default_matmul_precision("default"):
+        compiled = step.lower(state, batch).compile()
+    text = str(compiled.as_text())
+    assert "splash_mha_dkv_segmented" in text
+    assert "reduce-scatter" in text
+    # Queries and keys wait in the host's memory, which the layout of S(5) names.
+    assert "S(5)" in text
+    # No whole logits of a part, nor a whole gradient of the head.
+    assert "f32[2,512,4097]" not in text
+    assert "f32[256,4097]" not in text
