@@ -123,6 +123,8 @@ class _Reader:
                         spread.setdefault(_chain(inner), []).append((computation, inner))
             elif _kind(instruction):
                 yield self._collective(scope, instruction, trips)
+            elif opcode == "send" and _between_slices(instruction):
+                yield self._between_slices(instruction, trips)
         for parts in spread.values():
             starts = sum(_starts(computation) for computation, _ in parts)
             yield self._collective(*parts[0], trips * max(starts, 1))
@@ -133,6 +135,17 @@ class _Reader:
         )
         branches = [[*self.walk(self.module.computations[name], trips)] for name in names]
         yield from max(branches, key=lambda found: sum(c.size * c.trips for c in found), default=[])
+
+    def _between_slices(self, send: Instruction, trips: int) -> Collective:
+        """What the hosts of slices tell each other for their chips: by now one send for each."""
+        kind = _between_slices(send).lower().replace("_", "-")
+        target = send.attribute(r'_xla_megascale_target="\{([\d,:]+)\}') or ""
+        first, _, last = target.partition(":")
+        slices = int(last) - int(first) + 1 if last else len(target.split(","))
+        groups = np.arange(self.num_devices).reshape(slices, -1).T
+        size = num_bytes(elements(send.shape)[0]) * (slices if kind == "all-gather" else 1)
+        where = send.attribute(r'_xla_host_transfer_rendezvous="([^"]*)"') or send.name
+        return Collective(kind, size, groups, trips, where)
 
     def _collective(self, scope: Computation, found: Instruction, trips: int) -> Collective:
         kind = _kind(found)
@@ -154,6 +167,15 @@ class _Reader:
 def _kind(instruction: Instruction) -> str:
     opcode = instruction.opcode.removesuffix("-start")
     return opcode if opcode in _KINDS else ""
+
+
+def _between_slices(send: Instruction) -> str:
+    """ALL_REDUCE, ...: what a send to a host is part of; nothing for any other send.
+
+    XLA for TPUs does between slices what these are called, and inside a slice what its collectives
+    say. Meshes have slices outermost, so the chips that talk are those of one place in each.
+    """
+    return send.attribute(r'_xla_megascale_transfer_type="(\w+)"') or ""
 
 
 def _chain(instruction: Instruction) -> str:

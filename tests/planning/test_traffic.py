@@ -120,3 +120,17 @@ def test_weights_gathered_in_a_scan_are_sent_once_a_layer():
     sent, count = gathered_by_the_compiler()
     assert count == LAYERS
     assert sent == pytest.approx(LAYERS * WIDTH * WIDTH * 2 * 3 / 4)
+
+
+def test_sums_over_slices_cross_between_them():
+    """Of 4096 numbers each chip has a sum of its slice's; the two slices' are added once."""
+    devices = np.asarray(devices_of(parse_topology("v5p:2x2x1", slices=2))).reshape(2, 4)
+    mesh = Mesh(devices, ("slice", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    x = jax.ShapeDtypeStruct(
+        (8, 4096), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(("slice", "fsdp")))
+    )
+    whole = NamedSharding(mesh, PartitionSpec())
+    compiled = jax.jit(lambda x: x.sum(0), out_shardings=whole).lower(x).compile()
+    sent = [c.sent(TWO_SLICES) for c in traffic_of(parse(str(compiled.as_text())), 8).collectives]
+    assert sum(dcn for _, dcn in sent) == 4096 * 4
+    assert sum(ici for ici, _ in sent) == 2 * 3 / 4 * 4096 * 4
