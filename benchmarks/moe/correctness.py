@@ -179,9 +179,9 @@ def main(result: str) -> None:
         "Outputs and gradients by tokens, logits and weights; the largest difference as a share of",
         "the largest expected value, or of 1 where that is below. float32 may differ by "
         f"{TOLERANCES['float32']:.0e}, bfloat16 by {TOLERANCES['bfloat16']:.1e}.",
-        "`kernels`: the Pallas kernels of routing and permutation, interpreted with unwritten memory",
-        "filled with NaN, on one device; races are looked for in the last kernel that a run carries",
-        "out. Matrix products are the CPU's.",
+        "`kernels`: the Pallas kernels of routing and permutation, interpreted with unwritten",
+        "memory filled with NaN, on one device; races are looked for in the last kernel that a",
+        "run carries out. Matrix products are the CPU's.",
         "",
         "| strategy | exchange | expert shards | backend | dtype | k | "
         + " | ".join(ROUTINGS)
