@@ -3,9 +3,11 @@
 Runs where transformers is installed: `make test-parity`.
 """
 
+import io
 import json
 
 import pytest
+import sentencepiece
 
 from aquila_jax.data import load_vocabulary
 from aquila_jax.data.pretrained_tokenizer import open_tokenizer
@@ -101,3 +103,44 @@ def test_a_token_file_without_an_end_or_with_another_models_ids_is_refused(byte_
     (path / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(UserError, match=r"no whole tokenizer\.json"):
         open_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """A sentencepiece model in the form of Llama 2's, with what lies beside it."""
+    path, model = tmp_path_factory.mktemp("pieces"), io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter([text for text in TEXTS if text] * 20),
+        model_writer=model,
+        vocab_size=400,
+        model_type="bpe",
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        byte_fallback=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (path / "tokenizer.model").write_bytes(model.getvalue())
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, **special}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path, transformers.AutoTokenizer.from_pretrained(path)
+
+
+# Of a text that begins with spaces transformers drops one, which sentencepiece itself keeps.
+@pytest.mark.parametrize(
+    "text",
+    [text for text in TEXTS if not text.startswith(" ")]
+    + ["<s>the fox</s>", "</s>", "x<unk>y", "<s>", "a<s> b"],
+)
+def test_a_sentencepiece_model_gives_the_ids_of_transformers(pieces, text):
+    path, theirs = pieces
+    ours = open_tokenizer(path)
+    ids = theirs.encode(text, add_special_tokens=False)
+    assert ours.encode(text) == ids
+    assert list(load_vocabulary(path).encode(text)) == ids
+    assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
