@@ -138,10 +138,10 @@ def test_host_memory_is_one_shard(saved, monkeypatch):
     whole = {path: parameter.shape(config) for path, parameter in axes.parameters(config).items()}
     gate = sizes["layers/moe/gate"]
     assert [size * 8 for size in gate] == [np.prod(whole["layers/moe/gate"])] * 8
-    # Replicas are read once.
-    assert [size * 2 for size in sizes["final_norm/scale"]] == [
+    # Split by fsdp and expert; replicas are read once.
+    assert [size * 4 for size in sizes["final_norm/scale"]] == [
         np.prod(whole["final_norm/scale"])
-    ] * 2
+    ] * 4
 
 
 def test_a_model_on_a_mesh_is_saved(tmp_path, random_params):
