@@ -114,7 +114,7 @@ $(AUDIT)/installed: requirements/audit.lock $(VENV)/installed
 	@$(UV) pip install --quiet --no-deps --require-hashes --python $(AUDIT)/bin/python -r requirements/audit.lock || $(call SETUP_FAILED,requirements/audit.lock)
 	@touch $@
 
-audit: $(AUDIT)/installed ## look every pinned package up among known vulnerabilities (needs pypi.org)
+audit: $(AUDIT)/installed ## look every pinned package up among known vulnerabilities (needs the network)
 	$(AUDIT)/bin/pip-audit --disable-pip --require-hashes --progress-spinner=off $(patsubst %,-r %,requirements.lock $(wildcard requirements/*.lock))
 
 lint: $(VENV)/installed $(SHELLCHECK)/installed ## check format, lint, types and shell scripts

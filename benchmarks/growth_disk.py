@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{os.cpu_count()} cores, Python {platform.python_version()}, jax {jax.__version__}; "
         f"median of {options.repeat} runs and half their range; GB/s of bytes written. "
         "Ours flushes to the disk before it ends; the others do so only where it is said. Other "
-        "programs ran on the machine: ratios are of runs that follow each other.\n\n"
+        "programs may run on the machine: ratios are of runs that follow each other.\n\n"
         + "\n".join(lines)
         + "\n"
     )

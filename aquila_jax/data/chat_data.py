@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from aquila_jax.data.chat import open_chat_template
-from aquila_jax.data.conversations import Example, read_examples
+from aquila_jax.data.conversations import Example, falls_in_validation, read_examples
 from aquila_jax.data.pipeline import VALIDATION_SEED, Batch, take_rows
 from aquila_jax.data.pretrained_tokenizer import Tokenizer, open_tokenizer
-from aquila_jax.data.sources import VALIDATION_FRACTION, is_validation
+from aquila_jax.data.sources import VALIDATION_FRACTION
 from aquila_jax.errors import UserError
 
 # Rows that are filled at the same time: more of them leave fewer gaps.
@@ -135,10 +135,10 @@ class ChatData:
         """Of one split, cut to the length of a row and what predicts its first token."""
         end = self.sequence_length + 1
         found = [
-            Example(ids[:end], is_answer[:end])
-            for ids, is_answer in self._all
-            if is_validation(repr(ids), self.validation_fraction) == is_held_out
-            and any(is_answer[1:end])
+            Example(example.ids[:end], example.is_answer[:end])
+            for example in self._all
+            if falls_in_validation(example, self.validation_fraction) == is_held_out
+            and any(example.is_answer[1:end])
         ]
         if not found:
             split = "held out" if is_held_out else "left to train on"

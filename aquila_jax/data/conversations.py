@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from aquila_jax.data.chat import ChatTemplate, check_messages
 from aquila_jax.data.pretrained_tokenizer import Tokenizer
+from aquila_jax.data.sources import is_validation
 from aquila_jax.errors import UserError
 
 ASSISTANT = "assistant"
@@ -17,6 +18,11 @@ class Example(NamedTuple):
 
     ids: list[int]
     is_answer: list[bool]
+
+
+def falls_in_validation(example: Example, fraction: float) -> bool:
+    """Whether an example is of the validation split: decided by a digest of its ids."""
+    return is_validation(repr(example.ids), fraction)
 
 
 def read_examples(

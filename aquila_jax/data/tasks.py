@@ -10,7 +10,7 @@ refuse a second task of the same name: equal settings share a task, others never
 import functools
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -24,18 +24,19 @@ FEATURE = "targets"
 SPLITS = ("train", "validation")
 
 
-class DocumentSource(seqio.DataSource):
-    """The documents of one source, as `{"targets": text}`, in the source's order.
+class MemorySource(seqio.DataSource):
+    """Examples that are all in memory, in an order of their own.
 
     Not seqio's FunctionDataSource: that one warns at every shuffled read, since a function's order
     cannot be shuffled in general. This order can.
+
+    Args:
+        read: gives all examples of a split, as tensors by feature.
     """
 
-    def __init__(self, name: str, text_dir: str, known: Mapping[str, sources.AnySource]):
+    def __init__(self, read: Callable[[str], Mapping[str, Any]]):
         super().__init__(splits=SPLITS)
-        self._name = name
-        self._text_dir = text_dir
-        self._known = known
+        self._read = read
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
@@ -54,18 +55,16 @@ class DocumentSource(seqio.DataSource):
         shard_info: Any = None,
         **unused: Any,
     ) -> "tf.data.Dataset":
-        """Returns the documents of `split`, `{"targets": string}`.
+        """Returns the examples of `split`.
 
         Shuffled, they come in another order every epoch: the buffer of pieces that seqio
         shuffles afterwards need not hold all of them for a sequence to meet every other.
 
         Raises:
-            UserError: as `sources.read_split`.
+            UserError: they cannot be read.
         """
-        documents = sources.read_split(self._name, self._text_dir, split, self._known)
-        texts = [document.text for document in documents]
-        dataset = tf.data.Dataset.from_tensor_slices(texts).map(lambda text: {FEATURE: text})
-        return dataset.shuffle(len(texts), seed=seed) if shuffle else dataset
+        dataset = tf.data.Dataset.from_tensor_slices(cast("Any", self._read(split)))
+        return dataset.shuffle(max(1, len(dataset)), seed=seed) if shuffle else dataset
 
 
 def tokenize(dataset: "tf.data.Dataset", output_features: Mapping[str, Any]) -> "tf.data.Dataset":
@@ -119,17 +118,22 @@ def register_task(
     Raises:
         UserError: as `load_vocabulary`.
     """
+
+    def documents(split: str) -> dict[str, list[str]]:
+        found = sources.read_split(name, text_dir, split, known)
+        return {FEATURE: [document.text for document in found]}
+
     vocabulary = load_vocabulary(tokenizer_path)
     digest = open_tokenizer(tokenizer_path).digest
     # Absolute: a task outlives a change of the working directory.
     text_dir, tokenizer_path = os.path.abspath(text_dir), os.path.abspath(tokenizer_path)
     settings = (text_dir, tokenizer_path, digest, shuffle_buffer, known[name])
-    return _once(
+    return once(
         seqio.TaskRegistry,
-        _name(name, settings),
+        digest_name(name, settings),
         functools.partial(
             seqio.TaskRegistry.add,
-            source=cast("Any", DocumentSource(name, text_dir, known)),
+            source=cast("Any", MemorySource(documents)),
             output_features={FEATURE: seqio.Feature(vocabulary, add_eos=True)},
             preprocessors=[tokenize, seqio.preprocessors.append_eos, split_documents],
             shuffle_buffer_size=shuffle_buffer,
@@ -154,15 +158,17 @@ def register_mixture(
         for name, rate in sorted(rates.items())
         if rate > 0
     ]
-    name = _name("mixture", tasks)
-    return _once(
+    name = digest_name("mixture", tasks)
+    return once(
         seqio.MixtureRegistry, name, functools.partial(seqio.MixtureRegistry.add, tasks=tasks)
     )
 
 
-def _name(base: str, settings: object) -> str:
+def digest_name(base: str, settings: object) -> str:
+    """A name for seqio's registries: equal for equal settings, another for others."""
     return f"{base}_{hashlib.sha256(repr(settings).encode()).hexdigest()[:12]}"
 
 
-def _once(registry: Any, name: str, add: Any) -> Any:
+def once(registry: Any, name: str, add: Callable[[str], Any]) -> Any:
+    """What a registry has under a name, added if there is none."""
     return registry.get(name) if name in registry.names() else add(name)

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"Made by `benchmarks/interop/load_save.py` on {platform.system()} {platform.machine()}, "
         f"{os.cpu_count()} cores, Python {platform.python_version()}, jax {jax.__version__}; "
         f"{num_parameters(CONFIG) / 1e6:.0f}M parameters; medians of {options.repeat} runs and "
-        "half their range. Files are in the page cache; other programs ran on the machine, so "
+        "half their range. Files are in the page cache; other programs may run on the machine, so "
         "ratios are of runs that follow each other. Memory is above what the process had before, "
         "less the model where it stays, in multiples of the largest tensor.\n\n"
         + "\n".join(lines)

@@ -90,13 +90,14 @@ def test_its_texts_are_measured_as_any_tasks(task):
     assert ("A?", "F") in [(text.context, text.text) for text in texts]
 
 
-def test_the_same_name_is_the_same_task_and_another_file_is_refused(task, chats, chatty):
+def test_equal_settings_share_a_task_and_others_never_clash(task, chats, chatty):
     from aquila_jax.data.chat_tasks import register_chat_task
 
-    assert register_chat_task(task.name, chats, chatty, 0.25) is task
+    name = f"chats_{chats.parent.name}"
+    assert register_chat_task(name, chats, chatty, 0.25) is task
+    assert register_chat_task(name, chats, chatty, 0.5).name != task.name
     chats.write_text('{"prompt": "A", "answer": "B"}\n')
-    with pytest.raises(ValueError, match="duplicate"):
-        register_chat_task(task.name, chats, chatty, 0.25)
+    assert register_chat_task(name, chats, chatty, 0.25).name != task.name
     chats.write_text('{"prompt": "A"}\n')
     with pytest.raises(UserError, match="line 1: there is no answer"):
-        register_chat_task(task.name, chats, chatty)
+        register_chat_task(name, chats, chatty)
