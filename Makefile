@@ -86,8 +86,8 @@ test-parity: $(PARITY)/installed ## compare with transformers, in an environment
 bench-growth: $(VENV)/installed $(TEXT_DIR)/installed ## compare the growth methods (about an hour)
 	$(BIN)/python benchmarks/growth_methods.py
 
-soak: $(VENV)/installed ## kill a small lineage 1000 times and compare (about an hour)
-	$(BIN)/python benchmarks/reliability/soak.py --kills 1000
+soak: $(VENV)/installed ## kill a small lineage 250 times and compare (about an hour)
+	$(BIN)/python benchmarks/reliability/soak.py --kills 250
 
 $(DOCS)/installed: requirements/docs.lock $(VENV)/installed
 	@$(PYTHON) -m venv $(DOCS)
