@@ -126,6 +126,27 @@ def test_shapes_that_cannot_grow_give_one_line(arguments, message, capsys):
     assert message in _error(capsys, "train", f"--gin_file={stage}", "--dry_run", *arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gin.model/preset.experts_per_token=9"], "(9) must lie between 1 and num_experts (8)"),
+        (
+            ["--gin.MeshShape.expert=8", "--gin.model/preset.num_experts=6"],
+            "experts of 6 does not divide over the 8 devices of mesh axes ('expert',)",
+        ),
+        (["--gin.Dispatch.capacity_factor=0.0"], "capacity_factor (0.0) must be above 0"),
+        (["--gin.Dispatch.strategy='capasity'"], "one of dropless, capacity, reference"),
+        (["--gin.RouterLosses.z=-1"], "RouterLosses.z must be at least 0, not -1"),
+    ],
+)
+def test_a_mixture_that_cannot_be_gives_one_line(arguments, message, capsys):
+    stage = "gin_configs/runs/demo/3_scale_out.gin"
+    dispatch = "--gin.TrainRun.dispatch=@Dispatch()"
+    assert message in _error(
+        capsys, "train", f"--gin_file={stage}", "--dry_run", dispatch, *arguments
+    )
+
+
 def test_a_pretrained_model_is_trained_on_with_its_own_tokenizer(
     capsys, tmp_path, tiny, random_params
 ):

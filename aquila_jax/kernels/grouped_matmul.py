@@ -60,7 +60,9 @@ def grouped_matmul(
 
 
 def _dispatch(backend: GroupedBackend, kind: int, *operands: jax.Array) -> jax.Array:
-    """One of the two products of `_BACKENDS` by the chosen library."""
+    """One of the three products of `_BACKENDS` by the chosen library."""
+    if not operands[0].shape[0]:
+        backend = "ragged"  # Tiles of no rows are no tiles.
     if backend != "auto":
         return _BACKENDS[backend][kind](*operands)
     tpu = "megablox" if operands[0].dtype in _MEGABLOX_DTYPES else "ragged"

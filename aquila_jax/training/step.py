@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from aquila_jax.config import ModelConfig
+from aquila_jax.errors import UserError
 from aquila_jax.nn import Transformer, forward_losses
 from aquila_jax.nn.moe import JITTER
 from aquila_jax.nn.moe.health import balance_biases, router_metrics
@@ -47,12 +48,23 @@ class RouterLosses:
             only pulls at the largest.
         bias_rate: how far a step moves every router bias against its expert's load, where the
             model has such biases (`ModelConfig.router_bias`); they are balance without a loss.
+
+    Raises:
+        UserError: one is not a number of at least 0.
     """
 
     load_balance: float = 1e-3
     z: float = 1e-2
     max_z: float = 0.0
     bias_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not (isinstance(value, int | float) and 0 <= value < float("inf")):
+                raise UserError(
+                    f"RouterLosses.{name} must be at least 0, not {value!r}: below it what is "
+                    "charged would be rewarded; 0 switches it off"
+                )
 
 
 def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:

@@ -75,6 +75,11 @@ def test_equals_its_definition_in_float64(backend, sizes):
         compare(backend, sizes, dtype=jnp.float64, rtol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["auto", "tiles", "interpret"])
+def test_no_rows_at_all_have_a_product_and_matrices_no_gradient(backend):
+    compare(backend, [0, 0], (0, D, F), dtype=jnp.float32, rtol=0)
+
+
 @pytest.mark.parametrize("backend", ["tiles", "ragged"])
 def test_bfloat16_is_summed_in_float32(backend):
     # 80 products of numbers of size one: a sum in bfloat16 would be off by more than rounding once.

@@ -61,12 +61,13 @@ def mix(
         The outputs, in the dtype of the inputs, and what the router did.
 
     Raises:
-        UserError: experts are in shards that the batch is not split over.
+        UserError: experts are in shards that the batch is not split over, or do not divide over
+            theirs.
     """
     if layout is None or layout.mesh.size == 1:
         layout = None
     elif dispatch.strategy != "reference":
-        dispatch = _checked(dispatch, layout, x_BTD)
+        dispatch = _checked(config, dispatch, layout, x_BTD)
     if dispatch.strategy == "reference":
         return _mix_by_reference(
             config, dispatch, x_BTD, logits_BTE, is_token_BT, bias_E, weights, layout
@@ -101,7 +102,7 @@ def fabric_of(layout: Layout, dispatch: Dispatch, experts_per_token: int) -> Fab
     return Fabric(expert_axes, hidden_axes, shards, hidden, exchange)
 
 
-def _checked(dispatch: Dispatch, layout: Layout, x_BTD: jax.Array) -> Dispatch:
+def _checked(config: ModelConfig, dispatch: Dispatch, layout: Layout, x_BTD: jax.Array) -> Dispatch:
     """`dispatch`, or the reference where the batch does not divide over the devices.
 
     Tokens are split over all devices that experts are split over: rows over those of the batch,
@@ -113,6 +114,12 @@ def _checked(dispatch: Dispatch, layout: Layout, x_BTD: jax.Array) -> Dispatch:
             f"({layout.mesh_axes(BATCH)}) is not: add them to the sharding rule of {BATCH}, or "
             "set Dispatch.strategy to 'reference'"
         )
+    for axis, size in ((EXPERTS, config.num_experts), (EXPERT_MLP, config.expert_dim)):
+        if size % layout.shards(axis):
+            raise UserError(
+                f"{axis} of {size} do not divide over the {layout.shards(axis)} devices of mesh "
+                f"axes {layout.mesh_axes(axis)}: choose another mesh or other sharding rules"
+            )
     rows, length, _ = x_BTD.shape
     row_shards, token_shards = layout.shards(BATCH), layout.shards(EXPERT_MLP)
     if rows % row_shards == 0 and length % token_shards == 0:

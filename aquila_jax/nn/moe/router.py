@@ -92,7 +92,8 @@ def sums_of(
     if routed.experts_Nk.shape[1] == experts_per_token:
         counts_BE = routed.real_counts_BE
     else:
-        chosen_BTk = routed.experts_Nk[:, :experts_per_token].reshape(rows, length, -1)
+        chosen_Nk = routed.experts_Nk[:, :experts_per_token]
+        chosen_BTk = chosen_Nk.reshape(rows, length, experts_per_token)
         chosen_BTE = jax.nn.one_hot(chosen_BTk, num_experts, dtype=jnp.int32).sum(axis=2)
         counts_BE = jnp.sum(chosen_BTE * is_token_BT[..., None], axis=1)
     served_N = jnp.sum(slots_Nk >= 0, axis=1)

@@ -9,6 +9,7 @@ _CHOICES = {
     "exchange": ("auto", "all_to_all", "gather"),
     "balance": ("global", "device", "sequence"),
 }
+_NUMBERS = ("capacity_factor", "buffer_factor", "jitter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,9 @@ class Dispatch:
                     f"Dispatch.{name} must be one of {', '.join(choices)}, "
                     f"not {getattr(self, name)!r}"
                 )
+        for name in _NUMBERS:
+            if not isinstance(getattr(self, name), int | float):
+                raise UserError(f"Dispatch.{name} must be a number, not {getattr(self, name)!r}")
         if not 0 < self.capacity_factor < float("inf"):
             raise UserError(
                 f"Dispatch.capacity_factor ({self.capacity_factor}) must be above 0: experts "
