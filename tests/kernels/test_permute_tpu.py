@@ -1,17 +1,13 @@
-"""The kernels of `permute` and `unpermute`, by the TPU interpreter, against float64 NumPy.
-
-The interpreter fills memory that nobody wrote with NaN and looks for races.
-"""
+"""The kernels of `permute` and `unpermute`, by the TPU interpreter, against float64 NumPy."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from aquila_jax.kernels import invert_tpu, permute, unpermute
 from tests.kernels import by_hand
-from tests.kernels.test_route_tpu import INTERPRETER, races
+from tests.kernels.interpreter import interpreted
 
 
 def draw(num_tokens, k, dim, num_rows=None, dtype=jnp.float32):
@@ -43,11 +39,10 @@ def compare(x, rows, slots, gates):
         )
         return permuted, pull_x(rows), combined, pull_rows(x)
 
-    with pltpu.force_tpu_interpret_mode(INTERPRETER):
-        permuted, (x_gradient,), combined, (rows_gradient, gates_gradient) = call(
-            x, rows, slots, gates
+    with interpreted():
+        permuted, (x_gradient,), combined, (rows_gradient, gates_gradient) = jax.block_until_ready(
+            call(x, rows, slots, gates)
         )
-        assert not races()
     assert {y.dtype for y in (permuted, x_gradient, combined, rows_gradient)} == {x.dtype}
     wide_x, wide_rows = np.asarray(x, np.float64), np.asarray(rows, np.float64)
     rtol = 1e-5 if x.dtype == jnp.float32 else 2**-8
@@ -86,10 +81,10 @@ def test_a_table_of_several_parts_is_inverted_and_read(monkeypatch):
     for name, value in {"PART": 24, "LANES": 16, "BLOCK": 32}.items():
         monkeypatch.setattr(invert_tpu, name, value)
     _, _, slots, gates = draw(30, 3, 1, 80)
-    with pltpu.force_tpu_interpret_mode(INTERPRETER):
+    with interpreted():
         token, gate = invert_tpu.invert(slots, gates, num_rows=80, interpret=False)
         found = invert_tpu.look_up(jnp.arange(1.0, 81), slots, interpret=False)
-        assert not races()
+        jax.block_until_ready((token, gate, found))
     slots = np.asarray(slots)
     for row in range(80):
         here = np.argwhere(slots == row)
@@ -103,14 +98,16 @@ def test_rows_that_no_pair_has_are_never_mixed_in():
     _, rows, slots, gates = draw(9, 2, 128, 40, jnp.bfloat16)
     unused = np.setdiff1d(np.arange(40), np.asarray(slots))
     poisoned = rows.at[unused].set(jnp.nan)
-    with pltpu.force_tpu_interpret_mode(INTERPRETER):
-        clean, mixed = (unpermute(x, slots, gates, backend="pallas") for x in (rows, poisoned))
+    with interpreted():
+        clean, mixed = jax.block_until_ready(
+            [unpermute(x, slots, gates, backend="pallas") for x in (rows, poisoned)]
+        )
     np.testing.assert_array_equal(np.asarray(mixed, np.float32), np.asarray(clean, np.float32))
 
 
 def test_nothing_to_fetch():
     slots, gates = jnp.zeros((0, 2), jnp.int32), jnp.zeros((0, 2))
-    with pltpu.force_tpu_interpret_mode(INTERPRETER):
+    with interpreted():
         assert permute(jnp.ones((0, 128)), slots, backend="pallas").shape == (0, 128)
         assert unpermute(jnp.ones((4, 128)), slots, gates, backend="pallas").shape == (0, 128)
         none = permute(

@@ -1,20 +1,14 @@
-"""The kernels of `route`, carried out by the TPU interpreter, against the float64 reference.
-
-The interpreter fills memory that nobody wrote with NaN and looks for races.
-"""
+"""The kernels of `route`, carried out by the TPU interpreter, against the float64 reference."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from aquila_jax.kernels import route
-
-INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+from tests.kernels.interpreter import interpreted
 
 
 def adversarial(kind, num_tokens, num_experts, seed=0):
@@ -55,11 +49,10 @@ def compare(logits, is_token, *, rtol=1e-5, dtype=jnp.float32, **settings):
     by_gates = rng.normal(size=(num_tokens, k)).astype(np.float32)
     by_sums = rng.normal(size=(sequences, num_experts)).astype(np.float32)
     narrow = jnp.asarray(logits, dtype)
-    with pltpu.force_tpu_interpret_mode(INTERPRETER):
-        routed, gradient = call(
-            narrow, jnp.asarray(is_token), (by_gates, by_sums), "pallas", settings
+    with interpreted():
+        routed, gradient = jax.block_until_ready(
+            call(narrow, jnp.asarray(is_token), (by_gates, by_sums), "pallas", settings)
         )
-        assert not races()
     with jax.enable_x64(True):
         wide = jnp.asarray(np.asarray(narrow, np.float64))
         expected, expected_gradient = jax.tree.map(
@@ -76,12 +69,6 @@ def compare(logits, is_token, *, rtol=1e-5, dtype=jnp.float32, **settings):
     got, want = np.asarray(gradient, np.float64) / scale, expected_gradient / scale
     np.testing.assert_allclose(got, want, rtol if dtype == jnp.float32 else 2**-8, 2e-6)
     return routed
-
-
-def races():
-    """Whether the interpreter saw one in the kernel that it ran last."""
-    interpreter = importlib.import_module("jax._src.pallas.mosaic.interpret.interpret_pallas_call")
-    return interpreter.races.races_found
 
 
 def tokens(num_tokens, seed=2):
@@ -171,8 +158,8 @@ def test_logits_that_are_not_finite_leave_valid_choices_and_other_tokens_alone()
         experts_per_token=3,
         renormalize=True,
     )
-    with pltpu.force_tpu_interpret_mode(INTERPRETER):
-        routed = call(backend="pallas")
+    with interpreted():
+        routed = jax.block_until_ready(call(backend="pallas"))
     expected = call(backend="reference")
     for name in ("experts_Nk", "slots_Nk", "counts_E", "not_finite"):
         np.testing.assert_array_equal(getattr(routed, name), getattr(expected, name), name)
@@ -182,7 +169,7 @@ def test_logits_that_are_not_finite_leave_valid_choices_and_other_tokens_alone()
 
 
 def test_no_tokens_are_routed_nowhere():
-    with pltpu.force_tpu_interpret_mode(INTERPRETER):
+    with interpreted():
         routed = route(
             jnp.zeros((0, 4)),
             jnp.zeros(0, bool),
@@ -190,5 +177,6 @@ def test_no_tokens_are_routed_nowhere():
             renormalize=True,
             backend="pallas",
         )
+        jax.block_until_ready(routed)
     assert routed.slots_Nk.shape == (0, 2)
     assert routed.counts_E.tolist() == [0, 0, 0, 0]
