@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -195,10 +195,9 @@ def _scored(
 ) -> tuple[jax.Array, jax.Array]:
     """Summed log-likelihoods, and whether all scored targets are the likeliest: `[B]` both."""
     # Padding comes after what is scored, which by causality never sees it.
-    logits_BTV = jnp.asarray(model.apply({"params": params}, tokens_BT))
-    chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    log_likelihood_BT = chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
-    # Not by argmax, whose reduction of pairs CPUs do slowly; of equal logits each is the likeliest.
-    is_best_BT = chosen_BT >= jnp.max(logits_BTV, axis=-1)
-    sums_B = jnp.sum(jnp.where(weights_BT > 0, log_likelihood_BT, 0), axis=-1)
+    losses_BT, is_best_BT = cast(
+        tuple[jax.Array, jax.Array],
+        model.apply({"params": params}, tokens_BT, targets_BT=targets_BT, with_best=True),
+    )
+    sums_B = -jnp.sum(jnp.where(weights_BT > 0, losses_BT, 0), axis=-1)
     return sums_B, jnp.all(is_best_BT | (weights_BT == 0), axis=-1)

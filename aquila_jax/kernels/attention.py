@@ -1,7 +1,8 @@
 """Causal attention over packed rows, and the one place that chooses how it is computed.
 
 On a TPU by splash attention, which skips what a causal mask hides and never builds the mask; on a
-GPU by cuDNN; anywhere else, and wherever those do not fit, by XLA.
+GPU by cuDNN; anywhere else, and wherever those do not fit, by XLA, in blocks of queries that leave
+out most of what the mask hides.
 """
 
 import functools
@@ -30,13 +31,24 @@ MIXED = "mixed"
 # Rows and columns of scores that splash attention holds at once, the largest that divides T.
 _BLOCKS = (512, 256, 128)
 
+# Without a kernel: queries of a block at least, and blocks of a row at most, as each is compiled.
+_LEAST_QUERIES = 128
+_MOST_BLOCKS = 8
+
 
 def causal_mask(segment_ids_BT: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
     """Which key (last axis) each query may see: an earlier or equal token of its document."""
-    num_tokens = segment_ids_BT.shape[1]
-    same_document = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    earlier = jnp.tril(jnp.ones((num_tokens, num_tokens), dtype=bool))
-    return (same_document & earlier)[:, None]
+    return _sees_earlier(segment_ids_BT, segment_ids_BT)[:, None]
+
+
+def _sees_earlier(
+    last_BT: Int[Array, "B T"], segment_ids_BS: Int[Array, "B S"]
+) -> Bool[Array, "B T S"]:
+    """The same of a row's last T tokens among all its S."""
+    same_document = last_BT[:, :, None] == segment_ids_BS[:, None, :]
+    num_last, num_tokens = same_document.shape[1:]
+    earlier = jnp.tril(jnp.ones((num_last, num_tokens), dtype=bool), num_tokens - num_last)
+    return same_document & earlier
 
 
 def attend(
@@ -67,10 +79,11 @@ def attend(
     _log_once(chosen, why)
     if chosen in ("splash", "interpret"):
         return splash(*operands)
-    if chosen != "auto":
-        return _jax_nn(*operands, implementation=chosen)
-    xla = functools.partial(_jax_nn, implementation="xla")
-    return jax.lax.platform_dependent(*operands, tpu=splash, default=xla)
+    if chosen == "cudnn":
+        return _cudnn(*operands)
+    if chosen == "xla":
+        return _in_blocks(*operands)
+    return jax.lax.platform_dependent(*operands, tpu=splash, default=_in_blocks)
 
 
 def _choose(
@@ -101,21 +114,54 @@ def _log_once(chosen: str, why: str) -> None:
     logging.getLogger(__name__).info("attention by %s: %s", chosen, why)
 
 
-def _jax_nn(
-    query_BTNH: jax.Array,
-    key_BTKH: jax.Array,
-    value_BTKH: jax.Array,
-    segment_ids_BT: jax.Array,
-    *,
-    implementation: str,
+def _cudnn(
+    query_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array, segment_ids_BT: jax.Array
 ) -> jax.Array:
+    mask = causal_mask(segment_ids_BT)
     return jax.nn.dot_product_attention(
-        query_BTNH,
-        key_BTKH,
-        value_BTKH,
-        mask=causal_mask(segment_ids_BT),
-        implementation=cast(Literal["xla", "cudnn"], implementation),
+        query_BTNH, key_BTKH, value_BTKH, mask=mask, implementation="cudnn"
     )
+
+
+def _in_blocks(
+    query_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array, segment_ids_BT: jax.Array
+) -> jax.Array:
+    """Each block of queries with the keys up to its own last one."""
+    num_tokens, num_kv_heads = key_BTKH.shape[1:3]
+    # Heads first, and a group's queries as rows of one matrix: XLA then multiplies in place.
+    grouped_BTKGH = query_BTNH.reshape(*query_BTNH.shape[:2], num_kv_heads, -1, key_BTKH.shape[-1])
+    query_BKGTH = grouped_BTKGH.transpose(0, 2, 3, 1, 4)
+    key_BKTH, value_BKTH = key_BTKH.swapaxes(1, 2), value_BTKH.swapaxes(1, 2)
+    length = max(_LEAST_QUERIES, -(-num_tokens // _MOST_BLOCKS))
+    mixed = []
+    for start in range(0, num_tokens, length):
+        end = min(start + length, num_tokens)
+        sees_BTS = _sees_earlier(segment_ids_BT[:, start:end], segment_ids_BT[:, :end])
+        operands = query_BKGTH[..., start:end, :], key_BKTH[:, :, :end], value_BKTH[:, :, :end]
+        mixed.append(_block(*operands, sees_BTS))
+    mixed_BKGTH = jnp.concatenate(mixed, axis=3)
+    return mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(query_BTNH.shape)
+
+
+def _block(
+    query_BKGTH: jax.Array, key_BKSH: jax.Array, value_BKSH: jax.Array, sees_BTS: jax.Array
+) -> jax.Array:
+    batch, num_kv_heads, group, length, head_dim = query_BKGTH.shape
+    wide = jnp.promote_types(query_BKGTH.dtype, jnp.float32)
+    rows_BKRH = query_BKGTH.reshape(batch, num_kv_heads, group * length, head_dim)
+    scores_BKRS = jnp.einsum("BKRH,BKSH->BKRS", rows_BKRH, key_BKSH, preferred_element_type=wide)
+    scores_BKGTS = scores_BKRS.reshape(batch, num_kv_heads, group, length, -1)
+    scaled_BKGTS = scores_BKGTS / jnp.sqrt(jnp.asarray(head_dim, wide))
+    seen_BKGTS = jnp.where(sees_BTS[:, None, None], scaled_BKGTS, jnp.finfo(wide).min)
+    highest_BKGT1 = jax.lax.stop_gradient(seen_BKGTS.max(axis=-1, keepdims=True))
+    weights_BKGTS = jnp.exp(seen_BKGTS - highest_BKGT1)
+    weights_BKRS = weights_BKGTS.reshape(scores_BKRS.shape).astype(value_BKSH.dtype)
+    # Divided by their sum after mixing: H numbers for a row in place of S.
+    mixed_BKRH = jnp.einsum(
+        "BKRS,BKSH->BKRH", weights_BKRS, value_BKSH, preferred_element_type=wide
+    )
+    mixed_BKGTH = mixed_BKRH.reshape(query_BKGTH.shape)
+    return (mixed_BKGTH / weights_BKGTS.sum(axis=-1)[..., None]).astype(query_BKGTH.dtype)
 
 
 def _splash(

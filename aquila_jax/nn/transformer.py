@@ -20,7 +20,7 @@ from aquila_jax.nn.groups import scanned, scanned_groups
 from aquila_jax.nn.layers import GatedMLP, RMSNorm, declare
 from aquila_jax.nn.losses import WeightedSum, token_cross_entropy
 from aquila_jax.nn.moe import DEFAULT_DISPATCH, ROUTER, Dispatch, MixtureOfExperts
-from aquila_jax.nn.vocabulary_chunks import Head, token_losses
+from aquila_jax.nn.vocabulary_chunks import Head, token_losses, token_scores
 from aquila_jax.sharding import Layout
 
 # What attention names, and is dear to compute again for its size.
@@ -141,7 +141,10 @@ class Transformer(nn.Module):
         positions_BT: Int[Array, "B T"] | None = None,
         *,
         targets_BT: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T V"] | Float[Array, "B T"]:
+        with_best: bool = False,
+    ) -> (
+        Float[Array, "B T V"] | Float[Array, "B T"] | tuple[Float[Array, "B T"], Bool[Array, "B T"]]
+    ):
         """Logits of the next token, float32 (float64 for a float64 model).
 
         Args:
@@ -152,6 +155,8 @@ class Transformer(nn.Module):
                 start.
             targets_BT: the tokens that follow. With them the result is their losses in nats,
                 `[B, T]`, and logits of a large vocabulary never stand whole.
+            with_best: give losses without a gradient, and whether each target is the likeliest
+                token (of equal ones each is).
 
         With the variables of a `CACHE` collection (see `aquila_jax.nn.cache`) tokens also see
         the earlier ones of their document that lie there.
@@ -177,6 +182,8 @@ class Transformer(nn.Module):
         if targets_BT is None:
             return self._logits(x_BTD, kernel)
         head = Head(self.config, self.layout)
+        if with_best:
+            return token_scores(head, x_BTD, kernel, targets_BT)
         if self.layout is None and head.columns(tokens_BT.size) == self.config.vocab_size:
             return token_cross_entropy(self._logits(x_BTD, kernel), targets_BT)
         return token_losses(head, x_BTD, kernel, targets_BT)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from aquila_jax.axes import BATCH, EMBED, VOCAB
 from aquila_jax.config import ModelConfig
@@ -19,6 +19,8 @@ from aquila_jax.sharding import Layout
 
 # Float32 logits that a device may hold at once, in bytes.
 _LOGITS_BYTES = 2**28
+# The same where nothing is kept for gradients and memory is slow beside arithmetic: a CPU's cache.
+_CACHED_BYTES = 2**23
 _LANES = 128
 
 
@@ -66,6 +68,13 @@ class Head:
         fitting = _LOGITS_BYTES // (4 * num_tokens) // _LANES * _LANES
         return min(most, self.chunk or max(_LANES, fitting))
 
+    def in_cache(self, num_tokens: int) -> "Head":
+        """The same, cut so that a CPU's cache holds a chunk's logits of so many tokens."""
+        if jax.default_backend() != "cpu" or (self.layout and self.layout.platform != "cpu"):
+            return self
+        fitting = _CACHED_BYTES // (4 * num_tokens) // _LANES * _LANES
+        return dataclasses.replace(self, chunk=self.chunk or max(_LANES, fitting))
+
     def on_shards(self, body: Any, inputs: tuple[Any, ...], outputs: Any) -> Any:
         """`body`, of hidden states, the kernel and arrays `[B, T]`, on every device's shards."""
         if self.layout is None:
@@ -96,16 +105,36 @@ def token_losses(
     return _token_losses(head, x_BTD, kernel, targets_BT)
 
 
+def token_scores(
+    head: Head,
+    x_BTD: Float[Array, "B T D"],
+    kernel: Float[Array, "..."],
+    targets_BT: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """`token_losses`, and whether no other token's logit is above the target's.
+
+    Has no gradient.
+    """
+    head = head.in_cache(targets_BT.size // (head.layout.batch_shards if head.layout else 1))
+    normaliser_BT, picked_BT, highest_BT = _walked(head, x_BTD, kernel, targets_BT)
+    return normaliser_BT - picked_BT, picked_BT >= highest_BT
+
+
+def _walked(head: Head, x_BTD: Any, kernel: Any, targets_BT: Any) -> tuple[jax.Array, ...]:
+    """`_normalise` on every device."""
+    on_shards = head.on_shards(
+        functools.partial(_normalise, head), ("x", "kernel", "tokens"), ("tokens",) * 3
+    )
+    return on_shards(x_BTD, kernel, targets_BT)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_losses(head: Head, x_BTD: Any, kernel: Any, targets_BT: Any) -> jax.Array:
     return _forward(head, x_BTD, kernel, targets_BT)[0]
 
 
 def _forward(head: Head, x_BTD: Any, kernel: Any, targets_BT: Any) -> tuple[jax.Array, Any]:
-    on_shards = head.on_shards(
-        functools.partial(_normalise, head), ("x", "kernel", "tokens"), ("tokens", "tokens")
-    )
-    normaliser_BT, picked_BT = on_shards(x_BTD, kernel, targets_BT)
+    normaliser_BT, picked_BT, _ = _walked(head, x_BTD, kernel, targets_BT)
     return normaliser_BT - picked_BT, (x_BTD, kernel, targets_BT, normaliser_BT)
 
 
@@ -202,8 +231,8 @@ def _logits(x_BTD: jax.Array, weights_DC: jax.Array) -> jax.Array:
 
 def _normalise(
     head: Head, x_BTD: jax.Array, kernel: jax.Array, targets_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The logarithm of the softmax's denominator, and the targets' logits."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The logarithm of the softmax's denominator, the targets' logits, and the highest."""
     chunks = _chunks(head, x_BTD, kernel)
     wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
 
@@ -227,7 +256,7 @@ def _normalise(
         own_BT, highest_BT = highest_BT, jax.lax.pmax(highest_BT, parts)
         sum_BT = jax.lax.psum(sum_BT * jnp.exp(own_BT - highest_BT), parts)
         picked_BT = jax.lax.psum(picked_BT, parts)
-    return highest_BT + jnp.log(sum_BT), picked_BT
+    return highest_BT + jnp.log(sum_BT), picked_BT, highest_BT
 
 
 def _gradients(

@@ -1,5 +1,7 @@
 """Attention by every backend that runs or compiles here, beside float64 written out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,15 +15,17 @@ from aquila_jax.sharding import Layout, MeshShape
 T = 128
 
 
-def draw(num_heads, num_kv_heads, head_dim=64, rows=2):
+def draw(num_heads, num_kv_heads, head_dim=64, rows=2, num_tokens=T):
     rng = np.random.default_rng(0)
     query, key, value = (
-        rng.normal(size=(rows, T, heads, head_dim)).astype(np.float32)
+        rng.normal(size=(rows, num_tokens, heads, head_dim)).astype(np.float32)
         for heads in (num_heads, num_kv_heads, num_kv_heads)
     )
     # Documents of unlike lengths, then padding; one row is one document.
-    ids = np.repeat([1, 2, 3, 0], [50, 1, 60, T - 111]).astype(np.int32)
-    segments = np.stack([ids if row % 2 == 0 else np.ones(T, np.int32) for row in range(rows)])
+    ids = np.repeat([1, 2, 3, 0], [50, 1, 60, num_tokens - 111]).astype(np.int32)
+    segments = np.stack(
+        [ids if row % 2 == 0 else np.ones(num_tokens, np.int32) for row in range(rows)]
+    )
     return tuple(map(jnp.asarray, (query, key, value, segments)))
 
 
@@ -31,7 +35,7 @@ def written_out(query, key, value, segments):
     key, value = np.repeat(key, group, axis=2), np.repeat(value, group, axis=2)
     scores = np.einsum("bthd,bshd->bhts", query, key) / np.sqrt(query.shape[-1])
     segments = np.asarray(segments)
-    sees = (segments[:, :, None] == segments[:, None]) & np.tri(T, dtype=bool)
+    sees = (segments[:, :, None] == segments[:, None]) & np.tri(segments.shape[1], dtype=bool)
     scores = np.where(sees[:, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
@@ -44,6 +48,47 @@ def test_packed_rows_equal_attention_written_out(backend, num_heads, num_kv_head
     operands = draw(num_heads, num_kv_heads)
     mixed = attention.attend(*operands, backend=backend)
     np.testing.assert_allclose(mixed, written_out(*operands), rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("num_tokens", [127, 128, 129, 300, 1100])
+def test_rows_of_any_length_are_cut_into_blocks(num_tokens):
+    operands = draw(4, 2, head_dim=8, num_tokens=num_tokens)
+    mixed = attention.attend(*operands, backend="xla")
+    np.testing.assert_allclose(mixed, written_out(*operands), rtol=0, atol=3e-6)
+
+
+def test_gradients_through_blocks_equal_those_of_one_softmax_in_float64():
+    *heads, segments = draw(4, 2, head_dim=8, num_tokens=300)
+    weights = np.random.default_rng(1).normal(size=heads[0].shape)
+
+    def whole(query, key, value):
+        mask = attention.causal_mask(segments)
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask)
+        return jnp.sum(weights * mixed)
+
+    def blocks(query, key, value):
+        return jnp.sum(weights * attention.attend(query, key, value, segments, backend="xla"))
+
+    with jax.enable_x64(True):
+        heads = [np.asarray(x, np.float64) for x in heads]
+        wanted = jax.grad(whole, argnums=(0, 1, 2))(*heads)
+        found = jax.grad(blocks, argnums=(0, 1, 2))(*heads)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == np.float64
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_blocks_leave_out_most_of_what_the_mask_hides():
+    """Of a row of 8 blocks, 36 of 64 blocks of scores are computed."""
+    operands = draw(4, 2, num_tokens=1024)
+
+    def flops(num_blocks, monkeypatch):
+        monkeypatch.setattr(attention, "_MOST_BLOCKS", num_blocks)
+        attend = functools.partial(attention.attend, backend="xla")
+        return jax.jit(attend).lower(*operands).compile().cost_analysis()["flops"]
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert flops(8, monkeypatch) / flops(1, monkeypatch) == pytest.approx(36 / 64, abs=0.02)
 
 
 def test_gradients_of_splash_attention_equal_those_of_xla():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from aquila_jax.nn.losses import cross_entropy
-from aquila_jax.nn.vocabulary_chunks import Head, token_losses
+from aquila_jax.nn.vocabulary_chunks import Head, token_losses, token_scores
 from aquila_jax.sharding import Layout, MeshShape
 
 
@@ -73,6 +73,29 @@ def test_chunks_on_a_mesh_equal_whole_logits(tiny, sizes, vocab_size, chunk, tie
     placed = jax.device_put((x, targets), layout.batch())
     found = value_and_gradients(head, placed[0], jax.device_put(kernel, spec), placed[1], weights)
     assert_close(found, expected(config, x, kernel, targets, weights))
+
+
+@pytest.mark.parametrize("sizes", [None, {"fsdp": 2, "model": 2}], ids=str)
+@pytest.mark.parametrize("vocab_size", [64, 61])
+@pytest.mark.parametrize("chunk", [None, 8], ids=str)
+def test_scores_tell_what_is_likeliest(tiny, sizes, vocab_size, chunk):
+    config = dataclasses.replace(tiny, vocab_size=vocab_size)
+    layout = None if sizes is None else Layout(MeshShape(**sizes).build())
+    x, kernel, targets, _ = draw(config)
+    # Whole numbers, whose sums are exact in any order; and two tokens, far from each other, that
+    # no logit tells apart: of equal ones each is the likeliest.
+    x, kernel = np.round(4 * x) / 8, np.round(4 * kernel) / 8
+    kernel[:, 3] = kernel[:, 50] = 2 * kernel[:, 50]
+    best = np.einsum("btd,dv->btv", x, kernel).argmax(axis=-1)
+    targets = np.where(np.arange(targets.size).reshape(targets.shape) % 2, best, targets)
+    targets = np.where(best == 3, 50, targets).astype(np.int32)
+    assert (best == 3).any()
+    scores = jax.jit(lambda *a: token_scores(Head(config, layout, chunk), *a))
+    losses, is_best = scores(x, kernel, targets)
+    weights = np.ones(targets.shape, np.float32)
+    wanted, _ = expected(config, x, kernel, jnp.asarray(targets), jnp.asarray(weights))
+    np.testing.assert_allclose(losses.sum(), wanted, rtol=1e-5)
+    np.testing.assert_array_equal(is_best, (targets == best) | (best == 3))
 
 
 def test_no_array_is_as_large_as_the_logits(tiny):
