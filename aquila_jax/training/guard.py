@@ -98,8 +98,10 @@ class Guard:
 
 def new_guard_state() -> GuardState:
     """Before the first step."""
-    count, estimate_2 = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.float32)
-    return GuardState(count, count, count, estimate_2, estimate_2)
+    # Each an array of its own: a step is given the memory of them all.
+    counts = (jnp.zeros((), jnp.int32) for _ in range(3))
+    estimates_2 = (jnp.zeros(2, jnp.float32) for _ in range(2))
+    return GuardState(*counts, *estimates_2)
 
 
 def choose(is_first: jax.Array, first: Any, second: Any) -> Any:

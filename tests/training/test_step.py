@@ -29,9 +29,8 @@ def one_step(config, params, batch, micro_batches, layout=None):
     model = Transformer(config, layout=layout)
     # What routers are charged is a matter of each part's own tokens.
     step = make_train_step(model, optimizer, RouterLosses(0, 0), micro_batches=micro_batches)
-    state = new_state(jax.tree.map(jax.numpy.asarray, params), optimizer)
-    # Its arrays are given away, each once.
-    state = jax.tree.map(jax.numpy.copy, state)
+    # The step takes the state's memory, so it gets parameters of its own.
+    state = new_state(jax.tree.map(jax.numpy.array, params), optimizer)
     if layout is not None:
         state = jax.device_put(state, state_shardings(state, layout, config))
         batch = jax.device_put(batch, layout.batch())
