@@ -43,6 +43,14 @@ def test_equal_models_are_within_noise():
     assert difference("t", same, same).verdict == NOISE
 
 
+def test_rounding_that_moves_every_item_alike_is_noise():
+    losses = np.random.default_rng(4).uniform(1, 2, size=COUNT)
+    base = results(losses, higher_is_better=False)
+    for factor, verdict in ((1 - 2e-5, NOISE), (1 + 2e-5, NOISE), (0.999, BETTER), (1.001, WORSE)):
+        other = results(losses * factor, higher_is_better=False)
+        assert difference("t", base, other).verdict == verdict
+
+
 def test_weights_make_the_mean_of_all_bytes():
     first = results([1.0, 2.0], weights=[3.0, 1.0])
     assert first.mean == pytest.approx(1.25)
