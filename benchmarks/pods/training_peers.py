@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 THREADS = 2
@@ -88,6 +89,7 @@ def ours(shape: dict[str, int]) -> tuple[int, Steps]:
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
 
     def steps(number: int) -> float:
+        metrics: dict[str, Any] = {}
         for _ in range(number):
             held[0], metrics = train_step(held[0], batch)
         return float(metrics["loss"])
@@ -106,7 +108,7 @@ def maxtext(shape: dict[str, int]) -> tuple[int, Steps]:
     sharding = importlib.import_module("maxtext.utils.sharding")
     rules = importlib.import_module("flax.linen").logical_axis_rules
 
-    base = f"{pyconfig.__file__.rsplit('/', 1)[0]}/base.yml"
+    base = str(Path(pyconfig.__file__ or "").parent / "base.yml")
     pairs = [f"{key}={value}" for key, value in maxtext_settings(shape).items()]
     config = pyconfig.initialize([sys.argv[0], base, *pairs])
     _, _, placed, _, mesh, *_, state = utils.setup_train_loop(config, None)
@@ -121,6 +123,7 @@ def maxtext(shape: dict[str, int]) -> tuple[int, Steps]:
     held = [state]
 
     def steps(number: int) -> float:
+        metrics: dict[str, Any] = {}
         with jax.set_mesh(mesh), rules(config.logical_axis_rules):
             for _ in range(number):
                 held[0], metrics = jitted(held[0], batch)

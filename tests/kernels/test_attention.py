@@ -1,6 +1,7 @@
 """Attention by every backend that runs or compiles here, beside float64 written out."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,8 @@ def test_blocks_leave_out_most_of_what_the_mask_hides():
     def flops(num_blocks, monkeypatch):
         monkeypatch.setattr(attention, "_MOST_BLOCKS", num_blocks)
         attend = functools.partial(attention.attend, backend="xla")
-        return jax.jit(attend).lower(*operands).compile().cost_analysis()["flops"]
+        cost: Any = jax.jit(attend).lower(*operands).compile().cost_analysis()
+        return cost["flops"]
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         assert flops(8, monkeypatch) / flops(1, monkeypatch) == pytest.approx(36 / 64, abs=0.02)
