@@ -2,11 +2,13 @@
 
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/moe/bundles.py RESULT.md [CHIP ...]
 
-`--one CHIP E k` prints the figures of one chip and setting. Compiles ahead of time, needs jax[tpu]
-and no TPU; minutes for each chip and setting. That a kernel
+`--one CHIP E k [PARTY NAME]` prints the figures of one chip and setting, or of one program.
+Compiles ahead of time, needs jax[tpu] and no TPU; minutes for each chip and setting. Stopped, it
+goes on from RESULT.json, which is to be deleted where kernels or jax have changed. That a kernel
 compiles says that it fits VMEM. What a bundle count says and does not: see `schedules.py`.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -24,8 +26,11 @@ SETTINGS = [(8, 2), (128, 8)]
 TOKENS, DIM = 16384, 5120
 
 
-def measure(chip: str, num_experts: int, k: int) -> None:
-    """Prints a JSON line for every program: bundles per 1,024 tokens, spills, kernels."""
+def measure(chip: str, num_experts: int, k: int, only: list[str]) -> None:
+    """Prints a JSON line for every program: bundles per 1,024 tokens, spills, kernels.
+
+    Or for one alone, `only`: its party and name.
+    """
     folder = Path(tempfile.mkdtemp())
     os.environ["LIBTPU_INIT_ARGS"] = schedules.FLAGS.format(folder)
     import jax
@@ -35,6 +40,8 @@ def measure(chip: str, num_experts: int, k: int) -> None:
     device = topologies.get_topology_desc(CHIPS[chip], platform="tpu").devices[0]
     sharding = SingleDeviceSharding(device)
     for name, party, function, shapes in programs(num_experts, k):
+        if only not in ([], [party, name]):
+            continue
         arguments = [jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes]
         jax.jit(function).lower(*arguments).compile()
         apart = folder / f"{name}-{party}"
@@ -177,23 +184,28 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(result: str, chips: list[str]) -> None:
-    """Each chip and setting in a process of its own, where libtpu is told where to write."""
-    rows = []
-    for chip in chips:
-        for num_experts, k in SETTINGS:
+    """Each program in a process of its own, where libtpu is told where to write."""
+    kept = Path(result).with_suffix(".json")
+    lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
+    rows = [json.loads(line) for line in lines]
+    done = {(r["chip"], r["experts"], r["k"], r["party"], r["name"]) for r in rows}
+    for chip, (num_experts, k) in itertools.product(chips, SETTINGS):
+        for name, party, *_ in programs(num_experts, k):
+            if (chip, num_experts, k, party, name) in done:
+                continue
             command = [sys.executable, __file__, "--one", chip, str(num_experts), str(k)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(f"{chip}, E={num_experts}, k={k}: {done.stderr[-2000:]}")
-            rows += [json.loads(line) for line in done.stdout.splitlines() if line[:1] == "{"]
+            command += [party, name]
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
+            if run.returncode:
+                raise SystemExit(f"{' '.join(command[2:])}: {run.stderr[-2000:]}")
+            rows += [json.loads(line) for line in run.stdout.splitlines() if line[:1] == "{"]
+            print(run.stdout, end="", flush=True)
+            kept.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
             Path(result).write_text(table(rows), encoding="utf-8")
-            Path(result).with_suffix(".json").write_text(
-                "\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8"
-            )
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
-        measure(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+        measure(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])
     else:
         main(sys.argv[1], sys.argv[2:] or list(CHIPS))
