@@ -1,13 +1,17 @@
 """A whole mixture layer of the 8x16B shape compiled ahead of time for TPUs: its HBM.
 
-    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/moe/layer.py RESULT.md [PEER.jsonl]
+    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/moe/layer.py RESULT.md PEER.jsonl
 
 D 5120, F 20480, E 8, k 2, 16,384 tokens on one chip, parameters and activations bfloat16, strategy
-dropless. PEER.jsonl is what `layer_maxtext.py` printed for the same shape. Needs jax[tpu], no TPU.
+dropless. PEER.jsonl is what `layer_maxtext.py` printed for the same shape. Chips may be named after
+it. Needs jax[tpu], no TPU.
 """
 
+import functools
 import json
 import sys
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +25,16 @@ from aquila_jax.nn.moe import MixtureOfExperts
 
 CHIPS = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1", "v5e": "v5e:2x2"}
 SEQUENCES, LENGTH = 4, 4096
+# What stands between forward and backward. Of ours alone "products" is what it keeps by itself:
+# what matrix products read and give; activated units are computed again.
+KEPT = ("products", "inputs")
+_ORDER = ("", "all", "products", "inputs")
+_THEIR_PRODUCTS = ("moe_x_sorted", "moe_mlpwi_0", "moe_mlpwi_1", "moe_mlpwo")
+SIZES = ("arguments", "outputs", "temporaries")
 
 
-def compiled(chip: str):
-    """(pass, executable) of the layer on one chip."""
+def compiled(chip: str) -> Iterator[tuple[str, str, Any]]:
+    """(pass, what is kept, executable) of the layer on one chip."""
     config = preset("aquila3_8x16b")
     layer = MixtureOfExperts(config, jnp.bfloat16)
     device = topologies.get_topology_desc(CHIPS[chip], platform="tpu").devices[0]
@@ -42,15 +52,20 @@ def compiled(chip: str):
     def forward(parameters, x, is_token):
         return layer.apply({"params": parameters}, x, is_token)
 
-    def both(parameters, x, is_token, gradient):
-        _, pull = jax.vjp(lambda p, x: forward(p, x, is_token), parameters, x)
+    def both(kept, parameters, x, is_token, gradient):
+        def call(parameters, x):
+            return forward(parameters, x, is_token)
+
+        _, pull = jax.vjp(jax.checkpoint(call) if kept == "inputs" else call, parameters, x)
         return pull(gradient)
 
-    yield "forward", jax.jit(forward).lower(parameters, x, is_token).compile()
-    yield "forward and backward", jax.jit(both).lower(parameters, x, is_token, x).compile()
+    yield "forward", "", jax.jit(forward).lower(parameters, x, is_token).compile()
+    for kept in KEPT:
+        program = jax.jit(functools.partial(both, kept))
+        yield "forward and backward", kept, program.lower(parameters, x, is_token, x).compile()
 
 
-def row(chip: str, name: str, executable: Any) -> dict[str, Any]:
+def row(chip: str, name: str, kept: str, executable: Any) -> dict[str, Any]:
     """Its memory, in bytes."""
     memory = executable.memory_analysis()
     return {
@@ -58,6 +73,7 @@ def row(chip: str, name: str, executable: Any) -> dict[str, Any]:
         "jax": jax.__version__,
         "chip": chip,
         "pass": name,
+        "kept": kept,
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
@@ -70,44 +86,57 @@ def table(ours: list[dict[str, Any]], peers: list[dict[str, Any]]) -> str:
         "# A mixture layer of the 8x16B shape on one chip: HBM",
         "",
         "`benchmarks/moe/layer.py`: D 5120, F 20480, E 8, k 2, 16,384 tokens, bfloat16 throughout,",
-        f"dropless; compiled ahead of time by jax {jax.__version__}. Gigabytes (1e9) of one layer",
-        "with its parameters as arguments; the backward pass returns all gradients. Deterministic.",
+        f"dropless; compiled ahead of time by jax {jax.__version__}, libtpu {version('libtpu')}.",
+        "Gigabytes (1e9) of one layer with its parameters as arguments; the backward pass returns",
+        "all gradients.",
         "",
-        "| chip | pass | arguments | outputs | temporaries | peer's temporaries | less |",
-        "|---|---|---|---|---|---|---|",
+        "| chip | pass | kept | arguments | outputs | temporaries | peer's temporaries | less |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    by_key = {(peer["chip"], peer["pass"]): peer for peer in peers}
-    for mine in ours:
-        sizes = " | ".join(f"{mine[n] / 1e9:.2f}" for n in ("arguments", "outputs", "temporaries"))
-        peer = by_key.get((mine["chip"], mine["pass"]))
-        theirs = "not measured | "
-        if peer:
-            less = 1 - mine["temporaries"] / peer["temporaries"]
-            theirs = f"{peer['temporaries'] / 1e9:.2f} | {less:.0%}"
-        lines.append(f"| {mine['chip']} | {mine['pass']} | {sizes} | {theirs} |")
+    mine = {(row["chip"], row["pass"], row["kept"]): row for row in ours}
+    # Where the peer keeps all, ours is what it is by itself.
+    mine |= {(*key[:2], "all"): row for key, row in mine.items() if key[2] == "products"}
+    theirs = {(row["chip"], row["pass"], row["kept"]): row for row in peers}
+    for key in sorted(mine, key=lambda key: (key[1] != "forward", _ORDER.index(key[2]))):
+        sizes = " | ".join(f"{mine[key][n] / 1e9:.2f}" for n in SIZES)
+        compared = "not measured | "
+        if key in theirs:
+            less = 1 - mine[key]["temporaries"] / theirs[key]["temporaries"]
+            compared = f"{theirs[key]['temporaries'] / 1e9:.2f} | {less:.0%}"
+        lines.append(f"| {' | '.join(key)} | {sizes} | {compared} |")
+    lines += [
+        "",
+        "Kept for the backward pass: `products`, what matrix products read and give; `inputs`, the",
+        "layer's own, under `jax.checkpoint`; `all`, what differentiation asks the peer to keep.",
+        "Ours keeps `products` by itself and computes activated units again",
+        "(`aquila_jax/nn/moe/experts.py`), so that its figures under `all` are the same, and only",
+        "`products` and `inputs` compare equal work.",
+    ]
     if peers:
         lines += [
             "",
             f"Peer: {peers[0]['library']} (jax {peers[0]['jax']}), `RoutedMoE` with megablox, by",
-            "`benchmarks/moe/layer_maxtext.py`. Neither layer is rematerialised from outside; ours",
-            "computes activated units again by itself (`aquila_jax/nn/moe/experts.py`).",
+            "`benchmarks/moe/layer_maxtext.py`; its `products` are what it names",
+            ", ".join(f"`{name}`" for name in _THEIR_PRODUCTS) + ".",
         ]
     return "\n".join(lines) + "\n"
 
 
-def main(result: str, peer_file: str | None) -> None:
-    """Writes the table after each chip."""
-    peers = []
-    if peer_file:
-        lines = Path(peer_file).read_text(encoding="utf-8").splitlines()
-        peers = [json.loads(line) for line in lines if line.startswith("{")]
-    rows = []
-    for chip in CHIPS:
-        for name, executable in compiled(chip):
-            rows.append(row(chip, name, executable))
-            print(json.dumps(rows[-1]), flush=True)
-            Path(result).write_text(table(rows, peers), encoding="utf-8")
+def main(result: str, peer_file: str, chips: list[str]) -> None:
+    """Writes the table, and RESULT.jsonl after each chip; what that has is not measured again."""
+    lines = Path(peer_file).read_text(encoding="utf-8").splitlines()
+    peers = [json.loads(line) for line in lines if line.startswith("{")]
+    kept_file = Path(result).with_suffix(".jsonl")
+    lines = kept_file.read_text(encoding="utf-8").splitlines() if kept_file.exists() else []
+    rows = [json.loads(line) for line in lines]
+    for chip in chips:
+        if any(known["chip"] == chip for known in rows):
+            continue
+        found = [row(chip, *program) for program in compiled(chip)]
+        rows += found
+        kept_file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    Path(result).write_text(table(rows, peers), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
+    main(sys.argv[1], sys.argv[2], sys.argv[3:] or list(CHIPS))

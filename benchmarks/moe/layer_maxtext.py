@@ -4,12 +4,14 @@ Run it by an environment of its own (Python 3.12, `pip install "maxtext[tpu]==0.
 
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 VENV/bin/python benchmarks/moe/layer_maxtext.py
 
-It prints a line of JSON for each chip and pass, of which `layer.py` makes its table.
+It prints a line of JSON for each chip, pass and what is kept for the backward pass, of which
+`layer.py` makes its table.
 """
 
 # MaxText has an environment of its own, which type checking does not see.
 # pyright: reportMissingImports=false
 
+import functools
 import importlib.metadata
 import json
 import sys
@@ -29,6 +31,14 @@ from maxtext.layers import initializers, moe
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 EMBED, MLP, EXPERTS, CHOSEN, SEQUENCES, LENGTH = 5120, 20480, 8, 2, 4, 4096
+# What is kept for the backward pass: all that differentiation asks for; as our layer does, what
+# matrix products read and give, by MaxText's own names for `jax.checkpoint`; or inputs alone.
+PRODUCTS = ("moe_x_sorted", "moe_mlpwi_0", "moe_mlpwi_1", "moe_mlpwo")
+KEPT = {
+    "all": None,
+    "products": jax.checkpoint_policies.save_only_these_names(*PRODUCTS),
+    "inputs": jax.checkpoint_policies.nothing_saveable,
+}
 SETTINGS = {
     "model_name": "mixtral-8x7b",
     "override_model_config": "true",
@@ -49,8 +59,8 @@ SETTINGS = {
 }
 
 
-def compiled(settings: Any, device: Any) -> Iterator[tuple[str, Any]]:
-    """(pass, executable) of the layer on one chip."""
+def compiled(settings: Any, device: Any) -> Iterator[tuple[str, str, Any]]:
+    """(pass, what is kept, executable) of the layer on one chip."""
     axes = settings.mesh_axes
     devices = np.asarray([device]).reshape((1,) * len(axes))
     mesh = Mesh(devices, axes, axis_types=(AxisType.Auto,) * len(axes))
@@ -80,12 +90,18 @@ def compiled(settings: Any, device: Any) -> Iterator[tuple[str, Any]]:
         def forward(state, x, rest):
             return nnx.merge(graph, state, rest)(x)[0]
 
-        def both(state, x, rest, gradient):
-            _, pull = jax.vjp(lambda state, x: forward(state, x, rest), state, x)
+        def both(policy, state, x, rest, gradient):
+            def layer(state, x):
+                return forward(state, x, rest)
+
+            layer = layer if policy is None else jax.checkpoint(layer, policy=policy)
+            _, pull = jax.vjp(layer, state, x)
             return pull(gradient)
 
-        yield "forward", jax.jit(forward).lower(state, x, rest).compile()
-        yield "forward and backward", jax.jit(both).lower(state, x, rest, x).compile()
+        yield "forward", "", jax.jit(forward).lower(state, x, rest).compile()
+        for kept, policy in KEPT.items():
+            program = jax.jit(functools.partial(both, policy))
+            yield "forward and backward", kept, program.lower(state, x, rest, x).compile()
 
 
 def main(chips: list[str]) -> None:
@@ -95,13 +111,14 @@ def main(chips: list[str]) -> None:
     settings = pyconfig.initialize(["layer_maxtext", base, *overrides])
     for chip in chips:
         device = topologies.get_topology_desc(CHIPS[chip], platform="tpu").devices[0]
-        for name, executable in compiled(settings, device):
+        for name, kept, executable in compiled(settings, device):
             memory = executable.memory_analysis()
             row = {
                 "library": f"MaxText {importlib.metadata.version('maxtext')}",
                 "jax": jax.__version__,
                 "chip": chip,
                 "pass": name,
+                "kept": kept,
                 "arguments": memory.argument_size_in_bytes,
                 "outputs": memory.output_size_in_bytes,
                 "temporaries": memory.temp_size_in_bytes,
