@@ -17,7 +17,6 @@ mergekit and cp leave that to the operating system, so they are reported a secon
 
 import argparse
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -28,25 +27,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import numpy as np
+from interop.directories import SMALL, machine, make, spread
 
-from aquila_jax import ModelConfig, axes
+from aquila_jax import ModelConfig
 from aquila_jax.accounting import num_parameters
 from aquila_jax.files import write_json, write_text
-from aquila_jax.interop import Writer, slices
-from aquila_jax.interop.layout import slice_shape
 
-SMALL = ModelConfig(
-    vocab_size=8192,
-    embed_dim=1024,
-    num_layers=16,
-    num_heads=16,
-    num_kv_heads=4,
-    head_dim=64,
-    mlp_dim=4096,
-    qkv_bias=False,
-)
 BILLION = ModelConfig(
     vocab_size=32000,
     embed_dim=2048,
@@ -87,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = [*_scale_out(options, Path(work)), *_scale_up(options, Path(work))]
     text = (
         "# Growth from disk to disk\n\n"
-        f"Made by `benchmarks/growth_disk.py` on {platform.system()} {platform.machine()}, "
-        f"{os.cpu_count()} cores, Python {platform.python_version()}, jax {jax.__version__}; "
+        f"Made by `benchmarks/growth_disk.py` on {machine()}; "
         f"median of {options.repeat} runs and half their range; GB/s of bytes written. "
         "Ours flushes to the disk before it ends; the others do so only where it is said. Other "
         "programs may run on the machine: ratios are of runs that follow each other.\n\n"
@@ -177,9 +162,9 @@ def _table(title: str, size: int, rounds: Sequence[dict[str, Run]]) -> list[str]
         ratios = [one[OURS].seconds / one[name].seconds for one in rounds]
         memory = [one[OURS].peak / one[name].peak for one in rounds]
         lines.append(
-            f"| {name} | {_spread(seconds)} | {size / 1e9 / statistics.median(seconds):.2f} | "
-            f"{_spread([one[name].peak / 1e9 for one in rounds])} | {_spread(ratios)} | "
-            f"{_spread(memory)} |"
+            f"| {name} | {spread(seconds)} | {size / 1e9 / statistics.median(seconds):.2f} | "
+            f"{spread([one[name].peak / 1e9 for one in rounds])} | {spread(ratios)} | "
+            f"{spread(memory)} |"
         )
     return [*lines, ""]
 
@@ -188,10 +173,6 @@ def _flushed(run: Run, written: Path) -> Run:
     """The run with the time that its files then take to reach the disk."""
     sync = _measure(["sync", "-d", *map(str, written.iterdir())])
     return Run(run.seconds + sync.seconds, run.peak)
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ± {(max(values) - min(values)) / 2:.2f}"
 
 
 def _measure(command: Sequence[str]) -> Run:
@@ -222,14 +203,8 @@ def _peak_so_far(pid: int) -> int:
 
 
 def _make(path: Path, config: ModelConfig) -> None:
-    """A directory of random weights, made tensor by tensor."""
-    rng = np.random.default_rng(0)
-    parameters = axes.parameters(config)
-    with Writer(path, config, dtype="bfloat16") as writer:
-        for item in slices(config).values():
-            shape = slice_shape(parameters[item.path], config)
-            values = rng.standard_normal(shape, np.float32)
-            writer.write(item.path, 0.02 * values, layer=item.layer, experts=item.expert)
+    """A directory of random weights."""
+    make(path, config, "bfloat16", deviation=0.02)
     # mergekit wants one, of whatever kind.
     words = {"type": "WordLevel", "vocab": {"a": 0, "<unk>": 1}, "unk_token": "<unk>"}
     write_json(path / "tokenizer.json", {"version": "1.0", "added_tokens": [], "model": words})

@@ -15,9 +15,7 @@ multiples of the largest tensor. Needs 5 GB of free disk in --dir. Writes load_s
 import argparse
 import json
 import os
-import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,25 +26,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from directories import SMALL, machine, make, spread
 
-from aquila_jax import ModelConfig, axes, load_hf, save_hf
+from aquila_jax import load_hf, save_hf
 from aquila_jax.accounting import num_parameters
 from aquila_jax.files import write_text
-from aquila_jax.interop import Writer, slices
 from aquila_jax.interop.converting import convert_files
-from aquila_jax.interop.layout import slice_shape
 
-CONFIG = ModelConfig(
-    vocab_size=8192,
-    embed_dim=1024,
-    num_layers=16,
-    num_heads=16,
-    num_kv_heads=4,
-    head_dim=64,
-    mlp_dim=4096,
-    qkv_bias=False,
-)
-LARGEST = CONFIG.vocab_size * CONFIG.embed_dim
+LARGEST = SMALL.vocab_size * SMALL.embed_dim
 SHARD_BYTES = 200 * 10**6
 # What is measured, and whether the model stays in memory.
 PROGRAMS = {
@@ -75,9 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = [line for dtype in options.dtypes for line in _measure(options, dtype)]
     text = (
         "# Reading and writing checkpoints\n\n"
-        f"Made by `benchmarks/interop/load_save.py` on {platform.system()} {platform.machine()}, "
-        f"{os.cpu_count()} cores, Python {platform.python_version()}, jax {jax.__version__}; "
-        f"{num_parameters(CONFIG) / 1e6:.0f}M parameters; medians of {options.repeat} runs and "
+        f"Made by `benchmarks/interop/load_save.py` on {machine()}; "
+        f"{num_parameters(SMALL) / 1e6:.0f}M parameters; medians of {options.repeat} runs and "
         "half their range. Files are in the page cache; other programs may run on the machine, so "
         "ratios are of runs that follow each other. Memory is above what the process had before, "
         "less the model where it stays, in multiples of the largest tensor.\n\n"
@@ -91,12 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace, dtype: str) -> list[str]:
-    size = num_parameters(CONFIG) * np.dtype(jax.numpy.dtype(dtype)).itemsize
+    size = num_parameters(SMALL) * np.dtype(jax.numpy.dtype(dtype)).itemsize
     rounds: list[dict[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory(dir=options.dir, prefix="load_save") as place:
         work = Path(place)
-        _make(work / "one", dtype, 10**12)
-        _make(work / "shards", dtype, SHARD_BYTES)
+        make(work / "one", SMALL, dtype)
+        make(work / "shards", SMALL, dtype, max_shard_bytes=SHARD_BYTES)
         for _ in range(options.repeat + 1):  # the first is not counted
             rounds.append({name: _run(name, work) for name in PROGRAMS})
     lines = [f"## {dtype}, {size / 1e9:.2f} GB", ""]
@@ -105,23 +91,11 @@ def _measure(options: argparse.Namespace, dtype: str) -> list[str]:
         runs = [one[name] for one in rounds[1:]]
         peer = "safetensors load_file" if stays else "safetensors save_file, flushed"
         ratios = [one[name]["seconds"] / one[peer]["seconds"] for one in rounds[1:]]
-        tensor = size / num_parameters(CONFIG) * LARGEST
+        tensor = size / num_parameters(SMALL) * LARGEST
         peaks = [(run["peak"] - stays * size) / tensor for run in runs]
         speeds = [size / 1e9 / run["seconds"] for run in runs]
-        lines.append(f"| {name} | {_spread(speeds)} | {_spread(ratios)} | {_spread(peaks)} |")
+        lines.append(f"| {name} | {spread(speeds)} | {spread(ratios)} | {spread(peaks)} |")
     return [*lines, ""]
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ± {(max(values) - min(values)) / 2:.2f}"
-
-
-def _make(path: Path, dtype: str, max_shard_bytes: int) -> None:
-    rng, parameters = np.random.default_rng(0), axes.parameters(CONFIG)
-    with Writer(path, CONFIG, dtype=dtype, max_shard_bytes=max_shard_bytes) as writer:
-        for item in slices(CONFIG).values():
-            values = rng.standard_normal(slice_shape(parameters[item.path], CONFIG), np.float32)
-            writer.write(item.path, values, layer=item.layer, experts=item.expert)
 
 
 def _run(name: str, work: Path) -> dict[str, float]:
