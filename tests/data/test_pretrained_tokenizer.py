@@ -1,4 +1,3 @@
-import io
 import json
 
 import pytest
@@ -6,6 +5,8 @@ import sentencepiece
 
 from aquila_jax.data.pretrained_tokenizer import open_tokenizer
 from aquila_jax.errors import UserError
+
+from . import sentencepieces
 
 LINES = [
     "the model grows and the loss stays",
@@ -17,23 +18,7 @@ ADDED = "<|im_end|>"
 
 @pytest.fixture(scope="module")
 def model_bytes():
-    """A model in the form of Llama 2's: unknown, begin, end; a space before the text."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(LINES),
-        model_writer=model,
-        vocab_size=330,
-        model_type="bpe",
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        byte_fallback=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        minloglevel=2,
-    )
-    return model.getvalue()
+    return sentencepieces.train(LINES, 330)
 
 
 @pytest.fixture

@@ -3,15 +3,15 @@
 Runs where transformers is installed: `make test-parity`.
 """
 
-import io
 import json
 
 import pytest
-import sentencepiece
 
 from aquila_jax.data import load_vocabulary
 from aquila_jax.data.pretrained_tokenizer import open_tokenizer
 from aquila_jax.errors import UserError
+
+from ..data import sentencepieces
 
 REASON = "needs transformers: run `make test-parity`"
 transformers = pytest.importorskip("transformers", reason=REASON)
@@ -108,23 +108,10 @@ def test_a_token_file_without_an_end_or_with_another_models_ids_is_refused(byte_
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory):
     """A sentencepiece model in the form of Llama 2's, with what lies beside it."""
-    path, model = tmp_path_factory.mktemp("pieces"), io.BytesIO()
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter([text for text in TEXTS if text] * 20),
-        model_writer=model,
-        vocab_size=400,
-        model_type="bpe",
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        byte_fallback=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    (path / "tokenizer.model").write_bytes(model.getvalue())
+    path = tmp_path_factory.mktemp("pieces")
+    lines = [text for text in TEXTS if text] * 20
+    model = sentencepieces.train(lines, 400, hard_vocab_limit=False)
+    (path / "tokenizer.model").write_bytes(model)
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, **special}
     (path / "tokenizer_config.json").write_text(json.dumps(config))
