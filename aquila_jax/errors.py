@@ -1,5 +1,9 @@
 """The exceptions that mean: the person, or whoever starts processes, can mend this."""
 
+import math
+import numbers
+from typing import Any
+
 
 class UserError(ValueError):
     """A mistake in what was asked for: one line that names the values and the way out.
@@ -18,3 +22,38 @@ class HostsLostError(UserError):
     """
 
     exit_code = 75
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+    is_whole: bool = False,
+) -> None:
+    """A setting is a number in its range, which is finite.
+
+    Args:
+        name: of the setting, for the message.
+        value: what was given.
+        least: it is no smaller.
+        most: it is no larger.
+        below: it is smaller than this.
+        is_whole: whether it counts something.
+
+    Raises:
+        UserError: it is not.
+    """
+    # NumPy's numbers are both, which annotations do not know.
+    kind: Any = numbers.Integral if is_whole else numbers.Real
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    # An int may be larger than any float.
+    is_finite = is_number and (isinstance(value, int) or math.isfinite(value))
+    if is_finite and least <= value <= most and value < below:
+        return
+    limits = (("at least", least), ("at most", most), ("below", below))
+    told = [f"{words} {limit:,.15g}" for words, limit in limits if math.isfinite(limit)]
+    wanted = ", ".join(["a whole number" if is_whole else "a number", *told])
+    raise UserError(f"{name} must be {wanted}, not {value!r}")

@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,29 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of `value` as indented JSON."""
     write_bytes(path, json_bytes(value))
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The values of a JSONL file, each after its place, "FILE, line 3", for messages.
+
+    Lines end with line feeds alone: what else ends a line elsewhere may stand in a JSON string.
+
+    Raises:
+        UserError: the file is not UTF-8, or a line is not JSON: the message gives its place.
+        OSError: it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error})") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{place}: {error}") from error
+            yield place, value
 
 
 def json_bytes(value: Any) -> bytes:

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aquila_jax import axes
 from aquila_jax.config import ModelConfig
-from aquila_jax.errors import UserError
+from aquila_jax.errors import UserError, check_number
 
 # slice: whole copies of the model, one a slice, which tell each other over the slow network; data:
 # whole copies; fsdp: parameters in shards, gathered for use; expert: experts in shards, and all
@@ -54,6 +54,10 @@ class MeshShape:
     expert: int = 1
     model: int = 1
     slices: int = 1
+
+    def __post_init__(self) -> None:
+        for name, size in dataclasses.asdict(self).items():
+            check_number(f"MeshShape.{name}", size, is_whole=True)
 
     def build(self, devices: Sequence[Any] | None = None) -> Mesh:
         """The mesh over `devices` (all of them by default), with axes `MESH_AXES`.
@@ -307,7 +311,12 @@ class Layout:
         return self.shards(axes.BATCH)
 
     def constrain(self, x: jax.Array, *logical: str | None) -> jax.Array:
-        """`x`, with its sharding fixed inside a jitted computation."""
+        """`x`, with its sharding fixed inside a jitted computation.
+
+        Args:
+            x: an array.
+            logical: the axis of each dimension of it; None for one that is not split.
+        """
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(logical)))
 
     def join_width(self, matrix: jax.Array, logical: Sequence[str]) -> jax.Array:
@@ -315,6 +324,10 @@ class Layout:
 
         So the compiler gathers it, and splits its gradient, in two steps. In one, XLA for TPUs (jax
         0.10) makes all-reduces of shards too narrow for its tiles, which move twice as much.
+
+        Args:
+            matrix: one with a dimension of the residual.
+            logical: the axis of each dimension of it.
         """
         parts, taken = self._parts(logical), self._mesh_axes(axes.EXPERTS)
         width = logical.index(axes.EMBED)

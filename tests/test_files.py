@@ -5,7 +5,7 @@ import stat
 import pytest
 
 from aquila_jax import UserError
-from aquila_jax.files import NewDirectory, write_json, write_text
+from aquila_jax.files import NewDirectory, json_lines, write_json, write_text
 
 
 def fail(*_args, **_kwargs):
@@ -131,3 +131,22 @@ def test_without_locks_nothing_is_taken_for_dead(tmp_path, monkeypatch):
     second.create()
     assert first.partial.exists()
     assert second.partial.exists()
+
+
+def test_lines_of_json_end_with_line_feeds_alone(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    # What Python's own lines end with, and JSON's strings may hold.
+    odd = "a\u2028b\x85c\u2029d"
+    path.write_bytes(f'\n{{"text": "{odd}"}}\r\n \n[1]'.encode())
+    assert list(json_lines(path)) == [(f"{path}, line 2", {"text": odd}), (f"{path}, line 4", [1])]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(b"[1]\n{\n", "rows.jsonl, line 2: "), (b'["\xff"]', "is not UTF-8")]
+)
+def test_a_line_that_is_no_json_is_named(tmp_path, content, says):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=says) as refused:
+        list(json_lines(path))
+    assert "\n" not in str(refused.value)

@@ -22,9 +22,11 @@ the run was lost, 128 + n stopped by signal n after saving.
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from aquila_jax.cli import (
     compare,
@@ -41,6 +43,7 @@ from aquila_jax.cli import (
     train,
     verify,
 )
+from aquila_jax.cli.command import look_for_no_absent_tpu
 from aquila_jax.cli.parser import Parser
 from aquila_jax.errors import UserError
 
@@ -77,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "passed_on" in arguments:
         arguments.passed_on = unknown
     elif unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
+        arguments.parser.refuse_unknown(unknown)
+    look_for_no_absent_tpu(os.environ, Path("/dev"))
     # Orbax tells of every file it writes, and of every task that fails with one; a run tells of its
     # checkpoints itself.
     for name in ("absl", "asyncio"):

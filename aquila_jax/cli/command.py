@@ -4,7 +4,8 @@ import argparse
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +33,23 @@ def add_command(
     command = commands.add_parser(
         name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
     )
-    command.set_defaults(run_command=run_command)
+    command.set_defaults(run_command=run_command, parser=command)
     if example:
         command.epilog = f"example: {example}"
     return command
+
+
+def look_for_no_absent_tpu(environ: MutableMapping[str, str], devices: Path) -> None:
+    """Where there is no TPU, keep libtpu from asking a metadata server about one, in many lines.
+
+    The lock file has it, to compile for TPUs that are elsewhere, and JAX asks it first.
+
+    Args:
+        environ: is changed, where it says nothing of this.
+        devices: the system's folder of devices.
+    """
+    if not any(devices.glob("accel*")) and not (devices / "vfio").exists():
+        environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 
 def refuse_bindings(command: str, bindings: Sequence[str]) -> None:
@@ -105,12 +119,14 @@ def open_layout(mesh: str | None) -> Any:
     # An axis that is not named has one device.
     axes = [field.name for field in dataclasses.fields(MeshShape)]
     numbers: dict[str, int] = dict.fromkeys(axes, 1)
+    parts = [part.partition("=") for part in mesh.split(",")]
     try:
-        for part in mesh.split(","):
-            axis, _, size = part.partition("=")
-            numbers[axis] = int(size)
+        numbers |= {axis: int(size) for axis, _, size in parts}
     except ValueError as error:
         raise UserError(f"--mesh {mesh} is not of the form data=2,model=4") from error
+    named = [axis for axis, _, _ in parts]
+    if twice := sorted({axis for axis in named if named.count(axis) > 1}):
+        raise UserError(f"--mesh {mesh} names {', '.join(twice)} more than once")
     if unknown := sorted(set(numbers) - set(axes)):
         raise UserError(f"--mesh names {', '.join(unknown)}; there are {', '.join(axes)}")
     return Layout(MeshShape(**numbers).build())
@@ -124,6 +140,18 @@ def batch_rows(asked: int | None, default: int, layout: Any) -> int:
     return default + -default % shards
 
 
+def check_model(path: str) -> None:
+    """There is something that could be a model.
+
+    Raises:
+        UserError: there is not.
+    """
+    if not path or not Path(path).exists():
+        raise UserError(f"there is no model at {path!r}")
+    if Path(path).is_file() and not path.endswith(".gguf"):
+        raise UserError(f"{path} is no model: name a GGUF file (*.gguf) or a directory")
+
+
 def load_model(path: str, *, tokenizer: str | None) -> tuple[Any, "ModelConfig", Any]:
     """Parameters, architecture and tokenizer of a model of any format.
 
@@ -132,6 +160,7 @@ def load_model(path: str, *, tokenizer: str | None) -> tuple[Any, "ModelConfig",
     """
     from aquila_jax.data.pretrained_tokenizer import open_tokenizer
 
+    check_model(path)
     where = Path(path)
     if tokenizer is None and not has_tokenizer(where):
         raise UserError(f"{path} holds no tokenizer: name the one of its run with --tokenizer")
@@ -147,6 +176,22 @@ def load_model(path: str, *, tokenizer: str | None) -> tuple[Any, "ModelConfig",
     leaves = open_model(where)
     read = {name: jnp.asarray(leaves.read(name)) for name in axes.parameters(leaves.config)}
     return axes.unflatten(read), leaves.config, opened_tokenizer
+
+
+def check_output(path: Path) -> None:
+    """A file can be written here, which is found out before hours of work.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: name a file in it")
+    if not path.parent.is_dir():
+        raise UserError(f"there is no directory {path.parent} to write {path.name} to")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def num_parameters(config: "ModelConfig") -> str:

@@ -5,8 +5,14 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from aquila_jax.cli.command import add_command, add_model_flags, load_model, refuse_bindings
-from aquila_jax.cli.measuring import add_measure_flags, measure
+from aquila_jax.cli.command import (
+    add_command,
+    add_model_flags,
+    check_model,
+    check_output,
+    refuse_bindings,
+)
+from aquila_jax.cli.measuring import add_measure_flags, measure, open_scorer, read_measures
 from aquila_jax.errors import UserError
 
 
@@ -33,12 +39,15 @@ def _compare(arguments: argparse.Namespace, bindings: list[str]) -> int:
 
     if len(arguments.models) < 2:
         raise UserError("a comparison needs two models or more")
-    if arguments.out and not Path(arguments.out).absolute().parent.is_dir():
-        raise UserError(f"there is no directory for --out {arguments.out}")
+    if arguments.out:
+        check_output(Path(arguments.out))
+    for model in arguments.models:
+        check_model(model)
+    measures = read_measures(arguments)
     results = []
     for model in arguments.models:
         # One model after the other, so that only one is in memory.
-        results.append(measure(load_model(model, tokenizer=arguments.tokenizer), arguments))
+        results.append(measure(open_scorer(model, arguments), arguments, measures))
     found = [
         Comparison(
             before,

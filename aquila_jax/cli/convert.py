@@ -13,6 +13,7 @@ from aquila_jax.cli.command import (
     open_model,
     refuse_bindings,
 )
+from aquila_jax.cli.parser import at_least
 from aquila_jax.errors import UserError
 
 
@@ -43,7 +44,7 @@ def add_to(commands: Any) -> None:
     command.add_argument("--dtype", help="float32, bfloat16, float16; the source's by default")
     command.add_argument(
         "--max_shard_bytes",
-        type=int,
+        type=at_least(1),
         metavar="N",
         help="bytes of tensors in a file; 5e9 by default",
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -72,4 +73,5 @@ def _source(said: str) -> tuple[str, "TextFiles"]:
     parts = re.fullmatch(r"(?P<name>\w+)=(?P<language>[\w-]+):(?P<pattern>.+)", said)
     if parts is None:
         raise UserError(f"--source takes NAME=LANGUAGE:PATTERN, as web=en:/data/*.txt, not {said}")
-    return parts["name"], TextFiles(parts["pattern"], parts["language"])
+    # As in a shell: from here, and not from where the demonstration's texts are.
+    return parts["name"], TextFiles(os.path.abspath(parts["pattern"]), parts["language"])

@@ -3,9 +3,15 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from aquila_jax.cli.command import add_command, add_model_flags, load_model, refuse_bindings
+from aquila_jax.cli.command import add_command, add_model_flags, refuse_bindings
 from aquila_jax.cli.gin_files import add_gin_flags, with_run
-from aquila_jax.cli.measuring import add_measure_flags, check_measures, measure, measure_texts
+from aquila_jax.cli.measuring import (
+    add_measure_flags,
+    measure_questions,
+    measure_texts,
+    open_scorer,
+    read_measures,
+)
 from aquila_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,20 +44,21 @@ def _evaluate(arguments: argparse.Namespace, bindings: list[str]) -> int:
     if arguments.model is None:
         return _evaluate_run(arguments, bindings)
     refuse_bindings("eval of a MODEL", bindings)
-    check_measures(arguments)
-    model = load_model(arguments.model, tokenizer=arguments.tokenizer)
-    if arguments.text or arguments.seqio:
+    measures = read_measures(arguments)
+    scorer = open_scorer(arguments.model, arguments)
+    if measures.texts or measures.examples:
+        losses = measure_texts(scorer, arguments, measures)
         print("text\ttokens\tbytes\tnats per token\tperplexity\tbits per byte")
-        for name, loss in measure_texts(model, arguments).items():
+        for name, loss in losses.items():
             print(
                 f"{name}\t{loss.num_tokens}\t{loss.num_bytes}\t{loss.per_token:.4f}\t"
                 f"{loss.perplexity:.3f}\t{loss.bits_per_byte:.4f}"
             )
-    if arguments.task or arguments.suite:
-        arguments.text = arguments.seqio = []
+    if measures.questions:
+        results = measure_questions(scorer, arguments, measures)
         print("task\tquestions\taccuracy")
-        for name, found in measure(model, arguments).items():
-            print(f"{name.removesuffix(', accuracy')}\t{len(found.values)}\t{found.mean:.4f}")
+        for name, found in results.items():
+            print(f"{name}\t{len(found.values)}\t{found.mean:.4f}")
     return 0
 
 

@@ -13,6 +13,7 @@ from aquila_jax.cli.command import (
     open_layout,
     refuse_bindings,
 )
+from aquila_jax.cli.parser import at_least
 from aquila_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,15 +44,17 @@ def add_to(commands: Any) -> None:
 
 
 def _add_sampling_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="256")
+    command.add_argument("--max_new_tokens", type=at_least(1), default=256, metavar="N", help="256")
     command.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, greedy")
     command.add_argument(
-        "--top_k", type=int, default=0, metavar="K", help="of the K likeliest; 0 is all"
+        "--top_k", type=at_least(0), default=0, metavar="K", help="of the K likeliest; 0 is all"
     )
     command.add_argument(
         "--top_p", type=float, default=1.0, metavar="P", help="of the likeliest with this sum; 1"
     )
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn; 0")
+    command.add_argument(
+        "--seed", type=at_least(0), default=0, metavar="N", help="of what is drawn; 0"
+    )
     command.add_argument(
         "--stop",
         action="append",

@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import difflib
+import functools
+import io
 import os
 import re
 import sys
@@ -164,17 +166,25 @@ def target(source: "ModelConfig", **changes: Any) -> "ModelConfig":
     return ModelConfig.from_dict({**source.to_dict(), **changes})
 
 
+# What gin says of a value that it cannot read.
+_UNPARSED = re.compile(r"Failed to parse token '(.*)'")
+
 # A statement of gin's that would run a module's code; none of ours needs one.
 _IMPORT = re.compile(r"^[ \t]*(import|from)[ \t]+\S", flags=re.MULTILINE)
 
 
-def _open_without_imports(path: str) -> IO[str]:
+def _open(path: str, *, allow_imports: bool) -> IO[str]:
     """A gin file, to be read.
 
     Raises:
-        UserError: it imports something.
+        UserError: it imports something, where that is not allowed, or is no text.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no gin file: it is not UTF-8 ({error})") from error
+    if allow_imports:
+        return io.StringIO(text)
     if found := _IMPORT.search(text):
         line = text[: found.start()].count("\n") + 1
         raise UserError(
@@ -182,7 +192,7 @@ def _open_without_imports(path: str) -> IO[str]:
             f"{text.splitlines()[line - 1].strip()!r}; remove it, or give --allow_imports if you "
             "trust the file"
         )
-    return open(path, encoding="utf-8")
+    return io.StringIO(text)
 
 
 def _parse(
@@ -197,15 +207,32 @@ def _parse(
     gin.clear_config()
     # gin would also take a file's folder for a Python package, import it, and fail where it has no
     # __init__.py. Its search path and readers have no public way to be set rather than added to.
-    reader: Any = open if allow_imports else _open_without_imports
+    reader: Any = functools.partial(_open, allow_imports=allow_imports)
     gin_config._FILE_READERS[:] = [(reader, os.path.isfile)]
     gin_config._LOCATION_PREFIXES[:] = ["", *search_paths, *map(str, _ROOTS)]
+    _check_files(gin_files, ["", *search_paths, *map(str, _ROOTS)])
     with _one_line_errors():
         gin.parse_config_files_and_bindings(list(gin_files), None, finalize_config=False)
         _check_macros(bindings)
         gin.parse_config(list(bindings))
         gin.parse_config([f"{name} = {unread[name]!r}" for name in _missing() if name in unread])
         _check_required()
+
+
+def _check_files(gin_files: Sequence[str], folders: Sequence[str]) -> None:
+    """Every file is somewhere; those it includes are looked for when it is read.
+
+    Raises:
+        UserError: one is not; where another has nearly its name, the message says so.
+    """
+    for name in gin_files:
+        places = [Path(folder, name) for folder in folders]
+        if any(place.is_file() for place in places):
+            continue
+        beside = {other.name for place in places for other in place.parent.glob("*.gin")}
+        near = difflib.get_close_matches(Path(name).name, sorted(beside), n=1)
+        hint = f"; did you mean {Path(name).with_name(near[0])}?" if near else ""
+        raise UserError(f"there is no gin file {name}{hint}")
 
 
 @contextlib.contextmanager
@@ -296,5 +323,8 @@ def _check_required() -> None:
 def _one_line(error: BaseException) -> str:
     """What gin says, without its traceback-like tail."""
     text = str(error).strip() or type(error).__name__
+    if found := _UNPARSED.search(text):
+        text = found[1]
+        return f"{text!r} is no value: quote a text twice, as in --gin.NAME=\"'{text}'\""
     kept = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(kept[:2])

@@ -9,11 +9,12 @@ from aquila_jax.cli.command import (
     add_command,
     add_model_flags,
     batch_rows,
+    check_output,
     load_model,
     open_layout,
     refuse_bindings,
 )
-from aquila_jax.errors import UserError
+from aquila_jax.cli.parser import at_least
 
 
 def add_to(commands: Any) -> None:
@@ -35,10 +36,10 @@ def add_to(commands: Any) -> None:
         action="store_true",
         help="run what was written; see docs/evaluation.md first",
     )
-    command.add_argument("--limit", type=int, metavar="N", help="the first N problems")
-    command.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="512")
+    command.add_argument("--limit", type=at_least(1), metavar="N", help="the first N problems")
+    command.add_argument("--max_new_tokens", type=at_least(1), default=512, metavar="N", help="512")
     command.add_argument(
-        "--batch_size", type=int, metavar="N", help="8, and what a mesh needs beyond"
+        "--batch_size", type=at_least(1), metavar="N", help="8, and what a mesh needs beyond"
     )
 
 
@@ -49,8 +50,7 @@ def _humaneval(arguments: argparse.Namespace, bindings: list[str]) -> int:
     from aquila_jax.files import write_text
 
     out = Path(arguments.out)
-    if not out.parent.is_dir():
-        raise UserError(f"there is no directory {out.parent} for --out")
+    check_output(out)
     problems = humaneval.read_problems(arguments.data)[: arguments.limit]
     layout = open_layout(arguments.mesh)
     generator = Generator(

@@ -3,9 +3,10 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
-from aquila_jax.cli.command import batch_rows, open_layout
+from aquila_jax.cli.command import batch_rows, load_model, open_layout
+from aquila_jax.cli.parser import at_least
 from aquila_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,80 +57,96 @@ def add_measure_flags(command: argparse.ArgumentParser) -> None:
         help="of choices: ppl (default), sum, token or byte",
     )
     command.add_argument(
-        "--max_length", type=int, metavar="N", help="tokens of a window; the context"
+        "--max_length", type=at_least(2), metavar="N", help="tokens of a window; the context"
     )
     command.add_argument(
-        "--stride", type=int, metavar="N", help="tokens scored in a window; half of it"
+        "--stride", type=at_least(1), metavar="N", help="tokens scored in a window; half of it"
     )
-    command.add_argument("--limit", type=int, metavar="N", help="the first N items of each")
+    command.add_argument("--limit", type=at_least(1), metavar="N", help="the first N items of each")
     command.add_argument(
-        "--batch_size", type=int, metavar="N", help="4, and what a mesh needs beyond"
+        "--batch_size", type=at_least(1), metavar="N", help="4, and what a mesh needs beyond"
     )
 
 
-def measure_texts(model: tuple[Any, ...], arguments: argparse.Namespace) -> dict[str, "TextLoss"]:
-    """A model on every text, each read as a whole in sliding windows, and every seqio task.
+class Measures(NamedTuple):
+    """What is to be measured, read whole before anything is: mistakes cost no hours.
+
+    Attributes:
+        texts: by name.
+        examples: of seqio tasks by name: contexts, None without any, and texts after them.
+        questions: of tasks by name.
+    """
+
+    texts: dict[str, str]
+    examples: dict[str, tuple[list[str] | None, list[str]]]
+    questions: dict[str, "list[Question]"]
+
+
+def read_measures(arguments: argparse.Namespace) -> Measures:
+    """Every text and task that the flags name; what a suite lacks is said on standard error.
 
     Raises:
-        UserError: a file is absent, empty or not valid, or there is no such task.
+        UserError: nothing is to be measured, a file is absent, empty or not valid, there is no
+            such task, or no such ranking.
     """
-    from aquila_jax.evaluation.windows import read_text, text_losses, total_loss
+    from aquila_jax.evaluation.tasks import check_ranking
+    from aquila_jax.evaluation.windows import read_text
 
+    if not (arguments.text or arguments.seqio or arguments.task or arguments.suite):
+        raise UserError("nothing to measure on: give --text, --seqio, --task or --suite")
+    check_ranking(arguments.ranking)
     texts = {name: read_text(path) for name, path in _named(arguments.text).items()}
-    tasks = _task_texts(arguments)
-    scorer = _scorer(model, arguments)
-    losses = text_losses(scorer, [*texts.values()], stride=arguments.stride)
-    found = dict(zip(texts, losses, strict=True))
-    for name, (contexts, parts) in tasks.items():
+    return Measures(texts, _examples(arguments), _questions(arguments))
+
+
+def measure_texts(
+    scorer: "Scorer", arguments: argparse.Namespace, measures: Measures
+) -> dict[str, "TextLoss"]:
+    """A model on every text, each read as a whole in sliding windows, and every seqio task."""
+    from aquila_jax.evaluation.windows import text_losses, total_loss
+
+    losses = text_losses(scorer, [*measures.texts.values()], stride=arguments.stride)
+    found = dict(zip(measures.texts, losses, strict=True))
+    for name, (contexts, parts) in measures.examples.items():
         found[name] = total_loss(
             text_losses(scorer, parts, stride=arguments.stride, contexts=contexts)
         )
     return found
 
 
-def measure(model: tuple[Any, ...], arguments: argparse.Namespace) -> dict[str, "Results"]:
-    """A model on all texts (bits per byte, piece by piece) and tasks (accuracy).
-
-    Raises:
-        UserError: nothing is to be measured, or a file is absent, empty or not valid.
-    """
+def measure_questions(
+    scorer: "Scorer", arguments: argparse.Namespace, measures: Measures
+) -> dict[str, "Results"]:
+    """A model on all tasks: accuracy."""
     from aquila_jax.evaluation.gate import Results
     from aquila_jax.evaluation.tasks import is_right
-    from aquila_jax.evaluation.windows import pieces, read_text, text_losses
 
-    check_measures(arguments)
-    texts = _named(arguments.text)
-    # Everything is read before anything is measured: mistakes cost no hours.
-    items: dict[str, tuple[list[str] | None, list[str]]] = {
-        name: (None, pieces(read_text(path))[: arguments.limit]) for name, path in texts.items()
-    }
-    items |= _task_texts(arguments)
-    questions = _questions(arguments)
-    scorer = _scorer(model, arguments)
     results = {}
-    for name, (contexts, parts) in items.items():
+    for name, asked in measures.questions.items():
+        right = [float(one) for one in is_right(scorer, asked, ranking=arguments.ranking)]
+        results[name] = Results(right, [1.0] * len(right), higher_is_better=True)
+    return results
+
+
+def measure(
+    scorer: "Scorer", arguments: argparse.Namespace, measures: Measures
+) -> dict[str, "Results"]:
+    """A model on all texts (bits per byte, piece by piece) and tasks (accuracy)."""
+    from aquila_jax.evaluation.gate import Results
+    from aquila_jax.evaluation.windows import pieces, text_losses
+
+    items = {name: (None, pieces(text)[: arguments.limit]) for name, text in measures.texts.items()}
+    results = {}
+    for name, (contexts, parts) in {**items, **measures.examples}.items():
         losses = text_losses(scorer, parts, stride=arguments.stride, contexts=contexts)
         results[f"{name}, bits per byte"] = Results(
             [loss.bits_per_byte for loss in losses],
             [loss.num_bytes for loss in losses],
             higher_is_better=False,
         )
-    for name, asked in questions.items():
-        right = is_right(scorer, asked, ranking=arguments.ranking)
-        results[f"{name}, accuracy"] = Results(
-            [float(value) for value in right], [1.0] * len(right), higher_is_better=True
-        )
+    for name, found in measure_questions(scorer, arguments, measures).items():
+        results[f"{name}, accuracy"] = found
     return results
-
-
-def check_measures(arguments: argparse.Namespace) -> None:
-    """Something is asked for.
-
-    Raises:
-        UserError: nothing is.
-    """
-    if not (arguments.text or arguments.seqio or arguments.task or arguments.suite):
-        raise UserError("nothing to measure on: give --text, --seqio, --task or --suite")
 
 
 def _questions(arguments: argparse.Namespace) -> dict[str, "list[Question]"]:
@@ -159,12 +176,17 @@ def _questions(arguments: argparse.Namespace) -> dict[str, "list[Question]"]:
     return {name: questions[: arguments.limit] for name, questions in found.items()}
 
 
-def _scorer(model: tuple[Any, ...], arguments: argparse.Namespace) -> "Scorer":
+def open_scorer(path: str, arguments: argparse.Namespace) -> "Scorer":
+    """A model of any format, made ready to be measured.
+
+    Raises:
+        UserError: it is absent or damaged, or the flags do not fit it.
+    """
     from aquila_jax.evaluation.scoring import Scorer
 
     layout = open_layout(arguments.mesh)
     return Scorer(
-        *model,
+        *load_model(path, tokenizer=arguments.tokenizer),
         dtype=arguments.dtype,
         batch_size=batch_rows(arguments.batch_size, 4, layout),
         max_length=arguments.max_length,
@@ -172,7 +194,7 @@ def _scorer(model: tuple[Any, ...], arguments: argparse.Namespace) -> "Scorer":
     )
 
 
-def _task_texts(arguments: argparse.Namespace) -> dict[str, tuple[list[str] | None, list[str]]]:
+def _examples(arguments: argparse.Namespace) -> dict[str, tuple[list[str] | None, list[str]]]:
     """Contexts and texts of the seqio tasks, by name."""
     if not arguments.seqio:
         return {}

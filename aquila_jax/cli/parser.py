@@ -1,13 +1,37 @@
 """How the command line presents itself: help that fits a screen, and ends with an example."""
 
 import argparse
+import difflib
 import shutil
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 # Wider lines are hard to read; narrower ones break the flags' descriptions.
 _WIDTH = (80, 100)
 # Where descriptions begin: behind the longest of most flags.
 _COLUMN = 27
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A flag's type: a whole number, no smaller than `least`."""
+
+    def whole_number(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number of at least {least}, not {text!r}"
+            )
+        return number
+
+    return whole_number
+
+
+def _hint(given: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(given, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -20,10 +44,34 @@ class _Formatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose usage names what is required, and whose help is one list and an example."""
+    """A parser whose usage names what is required, and whose help is one list and an example.
+
+    A mistake is one line, as every other mistake of a person is, and exit code 2.
+    """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=_Formatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and where the help is, and end."""
+        self.exit(2, f"error: {message}; `{self.prog} --help` shows what there is\n")
+
+    def refuse_unknown(self, unknown: Iterable[str]) -> NoReturn:
+        """End because of arguments that mean nothing, with the flags that were perhaps meant."""
+        flags = [name for action in self._actions for name in action.option_strings]
+        told = [
+            f"{argument}{_hint(argument.partition('=')[0], flags)}"
+            for argument in unknown
+            # What follows an unknown flag is likely its value.
+            if argument.startswith("-")
+        ]
+        self.error(f"unknown arguments: {', '.join(told or unknown)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        choices = [] if action.choices is None else list(action.choices)
+        if choices and value not in choices:
+            hint = _hint(str(value), choices) or f"; there are {', '.join(map(str, choices))}"
+            raise argparse.ArgumentError(action, f"no {value!r}{hint}")
 
     def format_usage(self) -> str:
         """One line, of what must be given."""

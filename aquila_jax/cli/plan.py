@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aquila_jax.cli.command import add_command
+from aquila_jax.cli.command import add_command, check_output
 from aquila_jax.cli.gin_files import add_gin_flags, configured_run
+from aquila_jax.cli.parser import at_least
 from aquila_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def add_to(commands: Any) -> None:
         help="a slice: v5p:4x4x8, v5e:16x16, tpu7x:4x4x4",
     )
     command.add_argument(
-        "--slices", type=int, default=1, metavar="N", help="how many of them; 1 by default"
+        "--slices", type=at_least(1), default=1, metavar="N", help="how many of them; 1 by default"
     )
     command.add_argument(
         "--what",
@@ -50,7 +51,7 @@ def add_to(commands: Any) -> None:
     command.add_argument(
         "--search",
         nargs="?",
-        type=int,
+        type=at_least(1),
         const=12,
         metavar="N",
         help="try N (12) meshes, remats, batches at most",
@@ -72,6 +73,8 @@ def _plan(arguments: argparse.Namespace, bindings: list[str]) -> int:
     topology = parse_topology(arguments.topology, arguments.slices)
     if arguments.save and (arguments.what != "train" or arguments.search):
         raise UserError("--save keeps a train step: leave --what and --search out")
+    if arguments.save:
+        check_output(arguments.save)
     run = configured_run(arguments.gin_file, bindings, arguments.gin_search_paths, unread=_UNREAD)
     if arguments.dry_run:
         print(f"{run.name}: {topology}")
@@ -102,8 +105,8 @@ def _search(run: "TrainRun", topology: "Topology", arguments: argparse.Namespace
     from aquila_jax.planning import search
     from aquila_jax.planning.page import verdict
 
-    if arguments.what != "train" or arguments.search < 1:
-        raise UserError("--search tries train steps, 1 or more")
+    if arguments.what != "train":
+        raise UserError("--search tries train steps: leave --what out")
 
     def told(plan: "Plan") -> None:
         print(f"{_settings(plan)}: {verdict(plan)}", file=sys.stderr)

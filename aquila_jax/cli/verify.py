@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aquila_jax.cli.command import add_command, has_tokenizer, load_model, refuse_bindings
+from aquila_jax.cli.parser import at_least
 from aquila_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,11 +53,15 @@ def add_to(commands: Any) -> None:
         help="of our activations: float32 (default) or bfloat16",
     )
     command.add_argument(
-        "--max_tokens", type=int, default=_MAX_TOKENS, metavar="N", help="of the text; %(default)s"
+        "--max_tokens",
+        type=at_least(2),
+        default=_MAX_TOKENS,
+        metavar="N",
+        help="of the text; %(default)s",
     )
     command.add_argument(
         "--max_length",
-        type=int,
+        type=at_least(2),
         metavar="N",
         help="tokens of a window; A's context, at most 1024",
     )
@@ -99,13 +104,11 @@ def _tolerances(arguments: argparse.Namespace) -> dict[str, float]:
     """The limits by their flags' names.
 
     Raises:
-        UserError: one is negative, or too few tokens are to be read.
+        UserError: one is negative.
     """
     limits = {name: getattr(arguments, name) for name in _TOLERANCES}
     if wrong := [f"--{name} {value}" for name, value in limits.items() if not value >= 0]:
-        raise UserError(f"{', '.join(wrong)}: a tolerance is not negative")
-    if arguments.max_tokens < 2:
-        raise UserError(f"--max_tokens {arguments.max_tokens}: at least 2 are needed")
+        raise UserError(f"{', '.join(wrong)}: a tolerance is a number, 0 or more")
     return limits
 
 

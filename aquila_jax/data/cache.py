@@ -11,8 +11,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +23,8 @@ from aquila_jax.data.packing import decode_rows, encode_row, pack
 from aquila_jax.data.pipeline import VALIDATION_SEED, Batch, TextData
 from aquila_jax.data.pretrained_tokenizer import TOKENIZER_DIR, start_id
 from aquila_jax.data.tokenizer_files import tokenizer_files, write_tokenizer
-from aquila_jax.errors import UserError
-from aquila_jax.files import write_json
+from aquila_jax.errors import UserError, check_number
+from aquila_jax.files import NewDirectory, write_json
 
 if TYPE_CHECKING:
     import grain
@@ -54,6 +52,7 @@ def prepare_cache(data: TextData, path: str | Path) -> None:
     Raises:
         UserError: it exists, text is missing, or the disk refuses.
     """
+    NewDirectory(path)  # before anything is made: nothing is in its place
     data.prepare()
     tokenizer = data.tokenizer
     wanted: dict[Split, str] = {
@@ -104,14 +103,11 @@ def write_cache(
     Raises:
         UserError: the directory exists, or the disk refuses.
     """
-    path = Path(os.path.abspath(path))
-    if os.path.lexists(path):
-        raise UserError(f"{path} exists: remove it, or name another directory")
+    directory = NewDirectory(path)
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
     encode = functools.partial(encode_row, length=sequence_length, dtype=dtype)
-    partial = path.parent / f".{path.name}.partial-{uuid.uuid4().hex}"
     try:
-        partial.mkdir(parents=True)
+        partial = directory.create()
         written = [
             {
                 "split": split,
@@ -131,11 +127,11 @@ def write_cache(
         }
         write_tokenizer(partial / TOKENIZER_DIR, tokenizer or {})
         write_json(partial / INDEX_FILE, index)
-        os.rename(partial, path)
+        directory.publish()
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {directory.path}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        directory.discard()
 
 
 def _write_part(
@@ -185,11 +181,8 @@ class TokenCache:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or not 0 <= self.seed < 2**32:
-            raise UserError(
-                f"batch_size is {self.batch_size} and seed {self.seed}: the one is at least 1, "
-                "the other from 0 to 2**32 - 1"
-            )
+        check_number("batch_size", self.batch_size, least=1, is_whole=True)
+        check_number("seed", self.seed, least=0, most=2**32 - 1, is_whole=True)
         index = self._index
         names = {part["name"] for part in index["parts"] if part["split"] == "train"}
         rates = dict(self.mixture_rates)

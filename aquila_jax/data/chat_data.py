@@ -14,7 +14,7 @@ from aquila_jax.data.conversations import Example, falls_in_validation, read_exa
 from aquila_jax.data.pipeline import VALIDATION_SEED, Batch, take_rows
 from aquila_jax.data.pretrained_tokenizer import Tokenizer, open_tokenizer
 from aquila_jax.data.sources import VALIDATION_FRACTION
-from aquila_jax.errors import UserError
+from aquila_jax.errors import UserError, check_number
 
 # Rows that are filled at the same time: more of them leave fewer gaps.
 _OPEN_ROWS = 32
@@ -50,8 +50,7 @@ class ChatData:
 
     def __post_init__(self) -> None:
         for name, least in {"vocab_size": 2, "sequence_length": 2, "batch_size": 1}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+            check_number(name, getattr(self, name), least=least, is_whole=True)
         if not 0 < self.validation_fraction < 1:
             raise UserError(
                 f"validation_fraction must lie between 0 and 1, not {self.validation_fraction}"

@@ -1,6 +1,5 @@
 """Prompts with answers and conversations, as token ids of which only the answers are learnt."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from aquila_jax.data.chat import ChatTemplate, check_messages
 from aquila_jax.data.pretrained_tokenizer import Tokenizer
 from aquila_jax.data.sources import is_validation
 from aquila_jax.errors import UserError
+from aquila_jax.files import json_lines
 
 ASSISTANT = "assistant"
 
@@ -44,12 +44,11 @@ def read_examples(
     if not path.is_file():
         raise UserError(f"there is no file {path} with prompts or conversations")
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                examples.append(_example(json.loads(line), tokenizer, open_template))
-            except (ValueError, UserError) as error:
-                raise UserError(f"{path}, line {number}: {error}") from error
+    for place, values in json_lines(path):
+        try:
+            examples.append(_example(values, tokenizer, open_template))
+        except ValueError as error:
+            raise UserError(f"{place}: {error}") from error
     if not examples:
         raise UserError(f"{path} is empty")
     return examples

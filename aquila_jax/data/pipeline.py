@@ -18,7 +18,7 @@ from aquila_jax.data.sources import (
     validation_parts,
 )
 from aquila_jax.data.vocabulary import train_sentencepiece
-from aquila_jax.errors import UserError
+from aquila_jax.errors import UserError, check_number
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -79,8 +79,7 @@ class TextData:
 
     def __post_init__(self):
         for name, least in {"sequence_length": 2, "batch_size": 1, "shuffle_buffer": 1}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+            check_number(name, getattr(self, name), least=least, is_whole=True)
         rates = self.rates
         unknown = sorted(set(rates) - set(self.known))
         if unknown:

@@ -105,7 +105,7 @@ def find_tokenizer(path: str | Path) -> Path:
     if not path.is_dir():
         if not path.is_file():
             raise UserError(
-                f"no tokenizer at {path}: call TextData.prepare(), or set TextData.tokenizer_path"
+                f"no tokenizer at {path}: name one that is there, or call TextData.prepare()"
             )
         return path
     for folder in (path, path / TOKENIZER_DIR):
@@ -333,7 +333,8 @@ def _without_prefix(content: bytes) -> "sentencepiece.SentencePieceProcessor":
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2 as protocol
 
-    model = protocol.ModelProto.FromString(content)  # pyright: ignore[reportAttributeAccessIssue]
+    made = protocol.ModelProto  # pyright: ignore[reportAttributeAccessIssue] - made at run time
+    model = made.FromString(content)
     model.normalizer_spec.add_dummy_prefix = False
     return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 

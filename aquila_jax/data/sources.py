@@ -66,7 +66,7 @@ class TextFiles:
         root = next((p for p in pattern.parents if not glob.has_magic(str(p))), Path())
         paths = sorted(map(Path, glob.glob(str(pattern), recursive=True)))
         if not any(path.is_file() for path in paths):
-            raise UserError(f"no file matches {pattern}: set TextFiles.pattern")
+            raise UserError(f"no file matches {pattern}: change the pattern (TextFiles.pattern)")
         for path in paths:
             if path.is_file():
                 yield from self._documents(path, path.relative_to(root).as_posix())
@@ -187,13 +187,16 @@ def read_split(
     Raises:
         UserError: the source's text is missing or damaged, or none of it falls into this split.
     """
-    found = False
+    taken = others = 0
     for document in known[name].read(text_dir):
         if is_validation(document.id) == (split == "validation"):
-            found = True
+            taken += 1
             yield document
-    if not found:
+        else:
+            others += 1
+    if not taken:
         raise UserError(
-            f"no document of {name} under {text_dir} falls into the {split} split: "
-            "set TextData.text_dir to a folder with more text"
+            f"none of the {others} documents of {name} falls into the {split} split: about "
+            f"{VALIDATION_FRACTION:.0%} are held out for validation; give more (a file is one, and "
+            "so is a line of a JSONL file)"
         )

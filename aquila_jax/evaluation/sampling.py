@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from aquila_jax.errors import UserError
+from aquila_jax.errors import UserError, check_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Sampling:
             raise UserError(f"temperature must be 0 or more, not {self.temperature}")
         if self.top_k < 0:
             raise UserError(f"top_k must be 0 (all tokens) or more, not {self.top_k}")
+        check_number("seed", self.seed, least=0, most=2**32 - 1, is_whole=True)
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must lie above 0 and up to 1, not {self.top_p}")
         if not self.temperature and (self.top_k or self.top_p < 1):

@@ -1,7 +1,6 @@
 """Named tasks, the paper's table among them, read as their data is published."""
 
 import csv
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 from aquila_jax.errors import UserError
 from aquila_jax.evaluation.tasks import Question, make_question
+from aquila_jax.files import json_lines
 
 # Questions with their answers before one of MMLU.
 _MMLU_SHOTS = 5
@@ -45,7 +45,9 @@ def read_suite_task(task: Task, directory: str | Path) -> list[Question]:
         raise AbsentData(f"the data is absent: put {path} there, from {task.source}")
     try:
         questions = list(task.read(path))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, OSError) as error:
         raise UserError(f"{path} is not of the form of this task ({error!r})") from error
     if not questions:
         raise UserError(f"{path} has no questions")
@@ -56,8 +58,7 @@ def _by_line(read: Callable[[Any], Question]) -> Callable[[Path], Iterator[Quest
     """A JSONL file, each line of which is one question."""
 
     def questions(path: Path) -> Iterator[Question]:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            values = json.loads(line)
+        for _, values in json_lines(path):
             try:
                 yield read(values)
             except UserError:
@@ -151,9 +152,9 @@ def _hellaswag(line: Any) -> Question:
 
 def _piqa(path: Path) -> Iterator[Question]:
     """PIQA, as published: `valid.jsonl` with `goal`, `sol1`, `sol2`, and `valid-labels.lst`."""
-    lines = (path / "valid.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = [line for _, line in json_lines(path / "valid.jsonl")]
     labels = (path / "valid-labels.lst").read_text(encoding="utf-8").split()
-    for line, label in zip(map(json.loads, lines), labels, strict=True):
+    for line, label in zip(lines, labels, strict=True):
         context = f"Question: {line['goal']}\nAnswer:"
         yield _question(context, (f" {line['sol1']}", f" {line['sol2']}"), int(label))
 

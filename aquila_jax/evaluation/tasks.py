@@ -1,13 +1,13 @@
 """Multiple choice: tasks in JSONL files, and how models do on them."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from aquila_jax.errors import UserError
 from aquila_jax.evaluation.scoring import Score, Scorer
+from aquila_jax.files import json_lines
 
 # How choices are ranked. "ppl" is OpenCompass's: the sum over context and choice together, all but
 # the first token, divided by the number of all tokens with the first; the others are sums over the
@@ -43,12 +43,11 @@ def read_task(path: str | Path) -> list[Question]:
     if not path.is_file():
         raise UserError(f"the data of a task is absent: there is no file {path}")
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                questions.append(_question(json.loads(line)))
-            except (ValueError, UserError) as error:
-                raise UserError(f"{path}, line {number}: {error}") from error
+    for place, values in json_lines(path):
+        try:
+            questions.append(_question(values))
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
     if not questions:
         raise UserError(f"{path} has no questions")
     return questions
@@ -81,6 +80,16 @@ def make_question(context: Any, choices: Any, answer: Any) -> Question:
     return Question(context, tuple(choices), answer)
 
 
+def check_ranking(ranking: str) -> None:
+    """It is one of `RANKINGS`.
+
+    Raises:
+        UserError: it is not.
+    """
+    if ranking not in RANKINGS:
+        raise UserError(f"no ranking {ranking!r}; there are {', '.join(RANKINGS)}")
+
+
 def is_right(scorer: Scorer, questions: Sequence[Question], *, ranking: str = "ppl") -> list[bool]:
     """Whether a model ranks the right choice first, question by question.
 
@@ -92,8 +101,7 @@ def is_right(scorer: Scorer, questions: Sequence[Question], *, ranking: str = "p
     Raises:
         UserError: the ranking is unknown, or a choice is longer than the model reads.
     """
-    if ranking not in RANKINGS:
-        raise UserError(f"no ranking {ranking!r}; there are {', '.join(RANKINGS)}")
+    check_ranking(ranking)
     pairs = [
         scorer.encode_pair(question.context, choice)
         for question in questions

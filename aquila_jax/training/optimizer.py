@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import optax
 
 from aquila_jax import axes
-from aquila_jax.errors import UserError
+from aquila_jax.errors import UserError, check_number
 
 
 class Schedule(Protocol):
@@ -33,6 +33,9 @@ class Cosine:
     peak: float
     warmup_steps: int
     end_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_rates(self)
 
     def build(self, steps: int) -> optax.Schedule:
         """The schedule over `steps` steps."""
@@ -61,6 +64,10 @@ class WarmupStableDecay:
     decay_fraction: float = 0.2
     end_fraction: float = 0.1
 
+    def __post_init__(self) -> None:
+        _check_rates(self)
+        check_number("decay_fraction", self.decay_fraction, least=0, most=1)
+
     def build(self, steps: int) -> optax.Schedule:
         """The schedule over `steps` steps."""
         warmup = _checked_warmup(self.warmup_steps, steps)
@@ -73,6 +80,12 @@ class WarmupStableDecay:
             ],
             boundaries=[warmup, steps - decay],
         )
+
+
+def _check_rates(schedule: Cosine | WarmupStableDecay) -> None:
+    check_number("peak", schedule.peak, least=0)
+    check_number("warmup_steps", schedule.warmup_steps, least=0, is_whole=True)
+    check_number("end_fraction", schedule.end_fraction, least=0, most=1)
 
 
 def _checked_warmup(warmup_steps: int, steps: int) -> int:
@@ -102,6 +115,12 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.1
     max_gradient_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("b1", "b2"):
+            check_number(name, getattr(self, name), least=0, below=1)
+        for name in ("eps", "weight_decay", "max_gradient_norm"):
+            check_number(name, getattr(self, name), least=0)
 
     def build(self, steps: int, parameters: dict[str, axes.Parameter]) -> Any:
         """The optax transformation of a run of `steps` steps over these parameters."""

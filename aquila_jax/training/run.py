@@ -12,7 +12,7 @@ import optax
 
 from aquila_jax import accounting, axes, hosts
 from aquila_jax.config import ModelConfig
-from aquila_jax.errors import UserError
+from aquila_jax.errors import UserError, check_number
 from aquila_jax.growth import ScaleOut, ScaleUp
 from aquila_jax.growth.optimizer_state import check_policy
 from aquila_jax.nn import Dispatch, Transformer
@@ -45,6 +45,22 @@ _AT_LEAST_ONE = (
     "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "log_every",
     "micro_batches",
 )  # fmt: skip
+
+# What gin would let anything stand for. Whatever has the members of `Data` is data.
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "model_dir": (str,),
+    "model": (ModelConfig,),
+    "optimizer": (AdamW,),
+    "init_from": (str,),
+    "init_from_model": (ModelConfig, type(None)),
+    "growth": (ScaleUp, ScaleOut, type(None)),
+    "mesh": (MeshShape,),
+    "dispatch": (Dispatch,),
+    "router_losses": (RouterLosses,),
+    "guard": (Guard,),
+    "allow_changes": (tuple, list),
+    "profile_steps": (tuple, list),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +154,14 @@ class TrainRun:
     check_replicas_every: int = 0
 
     def __post_init__(self) -> None:
+        for name, kind in _KINDS.items():
+            if not isinstance(getattr(self, name), kind):
+                names = ("None" if one is type(None) else one.__name__ for one in kind)
+                wanted = " or ".join(names)
+                raise UserError(
+                    f"TrainRun.{name} must be {wanted}, not {getattr(self, name)!r}: in a gin "
+                    "file, a reference such as @NAME()"
+                )
         if not self.model_dir:
             raise UserError("model_dir is empty: name a directory, as in --gin.MODEL_DIR=\"'...'\"")
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
@@ -153,11 +177,8 @@ class TrainRun:
             raise UserError(f"no dtype {self.dtype!r}; there are {', '.join(_DTYPES)}")
         for names, least in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0)):
             for name in names:
-                value = getattr(self, name)
-                if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                    raise UserError(
-                        f"{name} must be a whole number, at least {least}, not {value!r}"
-                    )
+                check_number(name, getattr(self, name), least=least, is_whole=True)
+        check_number("seed", self.seed, least=0, most=2**32 - 1, is_whole=True)
         check_policy(self.optimizer_state)
         check_profile_steps(self.profile_steps)
         self._check_data()
@@ -182,6 +203,10 @@ class TrainRun:
             self.check_parent(self.init_from_model)
 
     def _check_data(self) -> None:
+        if not hasattr(self.data, "train_batches"):
+            raise UserError(
+                f"TrainRun.data must be TextData, TokenCache or the like, not {self.data!r}"
+            )
         if self.data.vocab_size > self.model.vocab_size:
             raise UserError(
                 f"the data's vocab_size {self.data.vocab_size} is larger than the model's "

@@ -125,7 +125,7 @@ def test_validation_holds_no_row_twice_and_is_the_same_for_every_seed(numbered):
         (lambda c: c.train_batches(-1), "start is -1"),
         (lambda c: c.train_batches(rows=[7, 8]), "rows .7, 8. are not all of batches of 8"),
         (lambda c: c.validation_batches(0), "num_batches is 0"),
-        (lambda c: dataclasses.replace(c, batch_size=0), "batch_size is 0"),
+        (lambda c: dataclasses.replace(c, batch_size=0), "batch_size must be a whole number"),
         (lambda c: dataclasses.replace(c, mixture_rates={"c": 1.0}), "names c: .* holds a, b"),
         (lambda c: dataclasses.replace(c, mixture_rates={"a": -1.0}), "make none negative"),
         (lambda c: dataclasses.replace(c, path="nowhere"), "aquila data prepare --to nowhere"),

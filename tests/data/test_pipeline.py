@@ -198,15 +198,17 @@ def test_missing_text_is_told_at_the_call(text_data: TextData, tmp_path: Path, a
 )
 def test_a_missing_tokenizer_is_told_at_the_call(text_data: TextData, tmp_path: Path, ask):
     data = dataclasses.replace(text_data, tokenizer_path=str(tmp_path / "none.model"))
-    with pytest.raises(UserError, match=rf"no tokenizer at {tmp_path}/none\.model: call TextData"):
+    with pytest.raises(
+        UserError, match=rf"no tokenizer at {tmp_path}/none\.model: .* call TextData"
+    ):
         ask(data)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sequence_length": 1}, "sequence_length is 1: it must be at least 2"),
-        ({"batch_size": 0}, "batch_size is 0"),
+        ({"sequence_length": 1}, "sequence_length must be a whole number, at least 2, not 1"),
+        ({"batch_size": 0}, "batch_size must be a whole number, at least 1, not 0"),
         ({"shuffle_buffer": 0}, "shuffle_buffer is 0"),
         ({"mixture_rates": {"sotu": 1.0}}, "names sotu: the sources are sotu_en, china_law_zh"),
         ({"mixture_rates": {"sotu_en": -1.0, "china_law_zh": 2.0}}, "make none negative"),

@@ -61,3 +61,27 @@ def test_adamw_equals_its_definition_after_clipping():
     # After one step the bias-corrected moments are the gradient and its square.
     direction = clipped / (np.sqrt(clipped**2) + 1e-3) + 0.2 * weight
     np.testing.assert_allclose(got["w"], weight - 0.1 * direction, rtol=1e-5)
+
+
+def as_bound(value: Any) -> Any:
+    """As gin binds it: whatever was written."""
+    return value
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Cosine(as_bound("fast"), 10), "peak must be a number, at least 0, not 'fast'"),
+        (lambda: Cosine(-1e-3, 10), "peak must be a number, at least 0, not -0.001"),
+        (
+            lambda: Cosine(1e-3, as_bound(2.5)),
+            "warmup_steps must be a whole number, at least 0, not 2.5",
+        ),
+        (lambda: WarmupStableDecay(1.0, 1, decay_fraction=1.1), "decay_fraction must be a number"),
+        (lambda: AdamW(Cosine(1.0, 1), b2=1), "b2 must be a number, at least 0, below 1, not 1"),
+        (lambda: AdamW(Cosine(1.0, 1), weight_decay=float("nan")), "weight_decay must be a number"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(make: Any, says: str):
+    with pytest.raises(UserError, match=says):
+        make()

@@ -1,7 +1,6 @@
 """The command line as a person meets it."""
 
 import argparse
-import io
 import re
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import pytest
 
 from aquila_jax import cli
 from aquila_jax.cli.parser import Parser
-from aquila_jax.evaluation.scoring import progress
 
 
 def commands(parser, words=()):
@@ -85,60 +83,30 @@ def test_usage_names_what_must_be_given():
     assert parser.format_usage() == "usage: demo MODEL OTHER ... --to DIR [flags]\n"
 
 
-def test_an_unknown_command_is_refused_with_those_there_are(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["trian"])
-    assert stop.value.code == 2
-    assert "train" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["trian"], "no 'trian' (did you mean train?); `aquila --help`"),
+        (["sing"], "no 'sing'; there are train, plan, grow"),
+        (["data"], "required: COMMAND"),
+        (["completion", "fish"], "no 'fish'; there are bash, zsh, tcsh"),
+        (["train", "--gin_fil=x"], "required: --gin_file"),
+        (["generate", "one", "--promt", "Hello"], "--promt (did you mean --prompt?); `aquila gen"),
+        (["report", "a", "--out", "b", "--wide", "-x"], "unknown arguments: --wide, -x;"),
+        (["compare", "a", "b", "--limit", "0"], "--limit: must be a whole number of at least 1"),
+        (["eval", "a", "--batch_size", "four"], "at least 1, not 'four'"),
+        (["verify", "a", "b", "--text", "c", "--tolerance", "x"], "invalid float value: 'x'"),
+        (["generate", "one", "--seed", "-1"], "at least 0, not '-1'"),
+    ],
+)
+def test_a_mistake_in_words_or_flags_is_one_line_with_what_was_perhaps_meant(
+    arguments, says, refused
+):
+    assert says in refused(*arguments)
 
 
-class _Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize(("stream", "is_shown"), [(_Terminal(), True), (io.StringIO(), False)])
-def test_progress_is_shown_where_someone_watches_and_not_in_a_pipe(stream, is_shown, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", stream)
-    with progress("scoring", 2) as bar:
-        if not bar.disable:
-            bar.start_t -= 2  # as if two seconds had gone
-            bar.last_print_t -= 2
-        bar.update(2)
-    assert ("scoring" in stream.getvalue()) == is_shown
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
-def test_completion_knows_every_command(shell, capsys):
-    pytest.importorskip("shtab", reason="shtab is not installed: run `make test`")
-    assert cli.main(["completion", shell]) == 0
-    script = capsys.readouterr().out
-    assert all(words[-1] in script for words in COMMANDS if words)
-
-
-def test_bash_completes_commands_and_flags(capsys, tmp_path):
-    pytest.importorskip("shtab", reason="shtab is not installed: run `make test`")
-    cli.main(["completion", "bash"])
-    (tmp_path / "aquila.bash").write_text(capsys.readouterr().out)
-
-    def complete(*words):
-        body = f"""
-            source aquila.bash
-            COMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}; COMPREPLY=()
-            _shtab_aquila 2>/dev/null
-            echo "${{COMPREPLY[@]}}"
-        """
-        run = subprocess.run(
-            ["bash", "-c", body], cwd=tmp_path, capture_output=True, text=True, check=True
-        )
-        return run.stdout.split()
-
-    assert complete("aquila", "gr") == ["grow"]
-    assert "--topology" in complete("aquila", "plan", "--t")
-    assert complete("aquila", "convert", "--max") == ["--max_shard_bytes"]
-
-
-def test_completion_without_its_library_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "shtab", None)
-    assert cli.main(["completion", "bash"]) == 2
-    assert capsys.readouterr().err.startswith("error: completion needs shtab: pip install")
+def test_help_needs_no_jax():
+    code = "import sys; from aquila_jax.cli import make_parser as make; make(); "
+    code += "print('tensorflow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
