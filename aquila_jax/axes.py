@@ -15,6 +15,9 @@ G     query heads a group    H     head dim
 S     shared_mlp (as F, of the expert that every token visits)
 ====  ===========================================================================
 
+Around a mixture tokens stand in one row, and there N is tokens, k the choices of each, and M rows
+in the order of experts (`aquila_jax.kernels`). Attention to a cache has S for cached tokens.
+
 The query-head axis is group-major: flat head n is head n % G of group n // G.
 
 Parameters of layers are stacked in order of depth: over all layers, or, where only some layers

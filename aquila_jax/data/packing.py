@@ -44,7 +44,13 @@ def pack(documents: Iterable[Sequence[int]], length: int) -> Iterator[list[np.nd
 
 
 def encode_row(row: Sequence[np.ndarray], length: int, dtype: np.dtype) -> bytes:
-    """A packed row as bytes: its targets, then where each belongs; both little-endian."""
+    """A packed row as bytes: its targets, then where each belongs; both little-endian.
+
+    Args:
+        row: ids of each of its documents, `[tokens]`.
+        length: tokens of a row; what is left of it is padding, document 0.
+        dtype: of the targets as stored.
+    """
     targets, segments = np.zeros(length, dtype), np.zeros(length, "<u2")
     end = 0
     for number, run in enumerate(row, 1):

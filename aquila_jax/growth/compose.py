@@ -72,6 +72,9 @@ def apply_plan(
         layout: under `jit`, the devices that no leaf may stand whole on: before units are taken
             along a dimension its shards are moved to another one. None leaves where things stand
             to the compiler, which would gather the leaf.
+
+    Raises:
+        UserError: a leaf is drawn at random, and there is no key.
     """
     flat = axes.flatten(params)
     dtype = jnp.result_type(*flat.values())

@@ -54,14 +54,14 @@ class Content:
 
 
 def digest(content: np.ndarray) -> bytes:
-    """SHA-256 of an array's bytes in C order, which are not copied where they lie so."""
+    """SHA-256 of the bytes of an array of any shape in C order; no copy where they lie so."""
     # NumPy copies types that it was taught, as bfloat16, one by one.
     flat = np.ascontiguousarray(content.view(f"u{content.itemsize}")).reshape(-1)
     return hashlib.sha256(flat.view(np.uint8).data).digest()
 
 
 def outputs_first(slice_: np.ndarray, parameter: axes.Parameter) -> np.ndarray:
-    """A view of one slice of a leaf whose C order is that of files."""
+    """A view of a slice of a leaf, `[inputs, outputs]` to `[outputs, inputs]`, as files lie."""
     if not axes.is_matrix(parameter):
         return slice_
     inputs = range(len(parameter.reads))

@@ -147,7 +147,15 @@ class Experts:
         return spread(xp.stack(experts, axis=1), self.dim + 1)
 
     def redraw(self, leaf: Any, drawn: Any, layers: np.ndarray, xp: Any, spread: Spread) -> Any:
-        """`leaf` with its redrawn units replaced by `drawn`, standard normal like it."""
+        """`leaf` with its redrawn units replaced by `drawn`.
+
+        Args:
+            leaf: `[layers, E, ...]`, what `apply` gave.
+            drawn: standard normal numbers of that shape.
+            layers: int `[layers]`, the numbers of the target layers that these are.
+            xp: `jax.numpy` or `numpy`.
+            spread: where shards go between the steps.
+        """
         if self.redrawn is None:
             return leaf
         shape = [len(layers), leaf.shape[1], *[1] * (leaf.ndim - 2)]
@@ -384,7 +392,7 @@ def _locally(apply: Callable[[Any], Any], leaf: Any, dim: int, spread: Spread) -
 
 
 def take(leaf: Any, index: np.ndarray | None, dim: int, xp: Any) -> Any:
-    """Units of `leaf` along `dim`; `leaf` itself where that is all of them in order."""
+    """Units `index [taken]` of `leaf` along `dim`; itself where that is all of them in order."""
     if index is None or (
         len(index) == leaf.shape[dim] and np.array_equal(index, np.arange(len(index)))
     ):

@@ -77,7 +77,7 @@ def copy(destination: np.ndarray, source: np.ndarray) -> None:
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """`array` itself where it is stored in C order, else a copy that is."""
+    """`array`, of any shape, where it is stored in C order; else a copy that is."""
     if array.flags.c_contiguous:
         return array
     result = np.empty(array.shape, array.dtype)

@@ -270,7 +270,10 @@ class _Tensors:
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether no element is NaN or Inf; sees float16, bfloat16 and float32 by their exponents."""
+    """Whether no element of an array of any shape is NaN or infinite.
+
+    float16, bfloat16 and float32 are seen by their exponents, without a conversion.
+    """
     masks: dict[str, tuple[Any, int]] = {
         "float16": (np.uint16, 0x7C00),
         "bfloat16": (np.uint16, 0x7F80),

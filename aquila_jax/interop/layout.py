@@ -107,7 +107,7 @@ def file_shape(parameter: Parameter, config: ModelConfig) -> tuple[int, ...]:
 
 
 def from_file(array: np.ndarray, parameter: Parameter, config: ModelConfig) -> np.ndarray:
-    """A tensor in the layout of files as a view in ours."""
+    """A tensor as files have it, a matrix `[outputs, inputs]`, as a view in our layout."""
     array = array.T if axes.is_matrix(parameter) else array
     return array.reshape(slice_shape(parameter, config))
 
@@ -213,7 +213,11 @@ def check_names_and_shapes(
 
 
 def refuse_listed(what: str, problems: Mapping[str, list[str]]) -> None:
-    """Raise one UserError that lists the first few of every problem, if there is any."""
+    """Refuse what has problems, listing the first few of every kind.
+
+    Raises:
+        UserError: there is any.
+    """
     if any(problems.values()):
         listed = "; ".join(f"{kind}: {_few(names)}" for kind, names in problems.items() if names)
         raise UserError(f"{what}: {listed}")

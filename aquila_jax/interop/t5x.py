@@ -121,7 +121,7 @@ class AquilaModel(models.BaseTransformerModel):
         input_shapes: Mapping[str, Any],
         input_types: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Fresh parameters, and the names of their axes for t5x's rules."""
+        """Fresh parameters by a random key, and the names of their axes for t5x's rules."""
         del input_types  # tokens are int32
         tokens_BT = jnp.zeros(input_shapes[_NAMES["tokens"]], jnp.int32)
         named = {
@@ -134,7 +134,7 @@ class AquilaModel(models.BaseTransformerModel):
     def loss_fn(
         self, params: Any, batch: Mapping[str, Any], dropout_rng: jax.Array | None
     ) -> tuple[jax.Array, Any]:
-        """The loss per token, and t5x's metrics. There is no dropout."""
+        """The scalar loss per token, and t5x's metrics. There is no dropout."""
         del dropout_rng
         logits_BTV, routing = self._forward(params, batch)
         targets_BT = batch["decoder_target_tokens"]
@@ -181,7 +181,7 @@ class AquilaModel(models.BaseTransformerModel):
     def predict_batch_with_aux(
         self, params: Any, batch: Mapping[str, Any], rng: jax.Array | None = None, **options: Any
     ) -> Any:
-        """Refused.
+        """Refused, whatever the key.
 
         Raises:
             UserError: always; it says how texts are generated.

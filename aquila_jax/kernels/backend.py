@@ -24,7 +24,11 @@ float64.
 
 
 def check(backend: str) -> None:
-    """Refuse a name that is not a backend's."""
+    """Refuse a name that is not a backend's.
+
+    Raises:
+        UserError: it is not; the message lists those there are.
+    """
     if backend not in get_args(Backend):
         choices = ", ".join(get_args(Backend))
         raise UserError(f"there is no kernel backend {backend!r}: choose one of {choices}")

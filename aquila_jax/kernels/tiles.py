@@ -103,7 +103,7 @@ class Scored(NamedTuple):
 
 
 def score(spec: RouteSpec, logits: jax.Array) -> Scored:
-    """Softmax or sigmoid of a chunk of tokens, in registers."""
+    """Softmax or sigmoid of a chunk of tokens, logits float32 `[E, N]`, in registers."""
     largest = jnp.max(finite(logits), axis=0, keepdims=True)
     powers = jnp.exp(logits - largest)
     total = jnp.sum(powers, axis=0, keepdims=True)
@@ -116,11 +116,11 @@ def score(spec: RouteSpec, logits: jax.Array) -> Scored:
 
 
 def finite(x: jax.Array) -> jax.Array:
-    """NaN and -inf made the lowest number."""
+    """NaN and -inf made the lowest float32, elementwise."""
     lowest = jnp.finfo(jnp.float32).min
     return jnp.where(x > lowest, x, lowest)
 
 
 def sigmoid(x: jax.Array) -> jax.Array:
-    """1 / (1 + exp(-x))."""
+    """1 / (1 + exp(-x)), elementwise."""
     return 1.0 / (1.0 + jnp.exp(-x))

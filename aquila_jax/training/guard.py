@@ -105,7 +105,7 @@ def new_guard_state() -> GuardState:
 
 
 def choose(is_first: jax.Array, first: Any, second: Any) -> Any:
-    """One of two trees of the same structure, leaf by leaf; neither has to be finite."""
+    """One of two trees of the same structure, by a scalar; neither has to be finite."""
     return jax.tree.map(lambda a, b: jnp.where(is_first, a, b), first, second)
 
 

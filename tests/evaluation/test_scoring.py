@@ -1,10 +1,13 @@
+import io
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from aquila_jax.errors import UserError
-from aquila_jax.evaluation.scoring import Scorer
+from aquila_jax.evaluation.scoring import Scorer, progress
 from aquila_jax.sharding import Layout, MeshShape
 
 from .letters import Letters
@@ -91,3 +94,19 @@ def test_a_mesh_gives_the_scores_of_one_device(tiny, params, scorer):
     assert found == pytest.approx(expected, abs=1e-4)
     with pytest.raises(UserError, match="batch_size 3 does not divide over the 8"):
         Scorer(params, tiny, Letters(), batch_size=3, layout=layout)
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("stream", "is_shown"), [(_Terminal(), True), (io.StringIO(), False)])
+def test_progress_is_shown_where_someone_watches_and_not_in_a_pipe(stream, is_shown, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress("scoring", 2) as bar:
+        if not bar.disable:
+            bar.start_t -= 2  # as if two seconds had gone
+            bar.last_print_t -= 2
+        bar.update(2)
+    assert ("scoring" in stream.getvalue()) == is_shown

@@ -2,7 +2,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from aquila_jax import UserError, scale_out, scale_up
 from aquila_jax.axes import abstract_params, flatten, unflatten
 from aquila_jax.growth import ScaleUp
 from aquila_jax.growth.compose import apply_plan, check_plan
-from aquila_jax.growth.rules import Experts, Extend, Fresh, Mapped, Noise, Take, UpperLayer
+from aquila_jax.growth.rules import Fresh, Mapped
 
 UNEVEN = {"embed_dim": 18, "num_heads": 6, "mlp_dim": 28, "num_layers": 5}
 
@@ -83,41 +82,6 @@ def test_a_certificate_tells_the_origin_of_every_leaf(tiny, random_params, metho
             assert record.origin == ("mapped" if mixed or not same_values else "copied"), record
         assert record.path in str(grown.certificate)
     assert {leaf.source for leaf in grown.certificate.leaves} - {None} == set(source)
-
-
-def test_takes_layers_upper_layers_and_repeats_are_done_in_that_order():
-    leaf = jnp.asarray(np.arange(6.0, dtype=np.float32).reshape(3, 2))
-    rule = Mapped(
-        "leaf",
-        takes=[Take(1, np.array([0, 1, 0]), np.array([0.5, 1.0, 0.5]))],
-        layers=np.array([0, 2]),
-        upper=UpperLayer(np.array([1, 2]), np.array([[False, False, True]])),
-        experts=Experts(1, np.array([[0, 1, 2], [2, 1, 0]]), None, "turned"),
-    )
-    expected = [[0 * 0.5, 1, 2 * 0.5], [4 * 0.5, 5, 4 * 0.5]]
-    grown = np.asarray(rule.apply(leaf))
-    assert grown.shape == (2, 2, 3)
-    np.testing.assert_array_equal(grown[:, 0], expected)
-    np.testing.assert_array_equal(grown[:, 1], np.array(expected)[:, ::-1])
-
-
-@pytest.mark.parametrize(
-    ("rule", "origin"),
-    [
-        (Mapped("leaf"), "copied"),
-        (Mapped("leaf", takes=[Take(0, np.array([0, 0]))]), "copied"),
-        (Mapped("leaf", experts=Experts(1, np.array([[0], [0]]), None, "equal")), "copied"),
-        (Mapped("leaf", silent=np.array([False, True])), "mapped"),
-        (Mapped("leaf", extend=Extend(0, 3, "mean")), "mapped"),
-        (Mapped("leaf", noise=Noise(0.1, np.array([True]), "noise")), "mapped"),
-        (Mapped("leaf", takes=[Take(0, np.array([0, 0]), np.array([0.5, 0.5]))]), "mapped"),
-        (Mapped("leaf", upper=UpperLayer(np.array([0]), np.array([True]))), "mapped"),
-        (Fresh(0.1), "fresh"),
-    ],
-)
-def test_origins_are_told_apart(rule, origin):
-    assert rule.origin == origin
-    assert rule.how
 
 
 def test_a_fresh_leaf_needs_a_key(tiny, random_params):

@@ -11,8 +11,8 @@ from aquila_jax.axes import flatten
 from aquila_jax.data.pretrained_tokenizer import open_tokenizer
 from aquila_jax.interop.converting import Loaded, convert_files, load_any, open_source
 from tests.interop.conftest import CONFIGS, DENSE
-from tests.interop.test_gguf import CONFIG
-from tests.interop.test_gguf import write as write_gguf
+from tests.interop.test_gguf_file import CONFIG
+from tests.interop.test_gguf_file import write as write_gguf
 from tests.pretrained import MODEL
 
 

@@ -22,7 +22,7 @@ from aquila_jax.interop import Directory, load_gguf, slices
 from aquila_jax.interop.families import HubConfig
 from aquila_jax.interop.safetensors_format import read_header
 
-from . import test_gguf
+from . import test_gguf_file
 from .conftest import CONFIGS, DENSE
 
 T = TypeVar("T")
@@ -251,9 +251,9 @@ def test_json_nested_without_end_is_refused(whole, name):
 @given(draw=st.data())
 def test_a_damaged_gguf_file_is_refused_or_read(tmp_path, random_params, draw):
     file, original = tmp_path / "model.gguf", tmp_path / "original"
-    config = dataclasses.replace(test_gguf.CONFIG, num_layers=1)
+    config = dataclasses.replace(test_gguf_file.CONFIG, num_layers=1)
     if not original.exists():
-        test_gguf.write(original, random_params(config), config)
+        test_gguf_file.write(original, random_params(config), config)
     content = original.read_bytes()
     data = gguf.GGUFReader(original).data_offset
     file.write_bytes(damaged(content[:data], draw) + content[data:])

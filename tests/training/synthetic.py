@@ -1,14 +1,19 @@
 """A run small enough for seconds: a two-"language" stream of arithmetic sequences."""
 
 import dataclasses
+import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from aquila_jax import ModelConfig
 from aquila_jax.training import AdamW, Cosine, TrainRun
+from aquila_jax.training.checkpoints import open_existing
+from aquila_jax.training.run import build
 
 TINY = ModelConfig(
     vocab_size=32,
@@ -88,3 +93,46 @@ def tiny_run(model_dir: Path, **changes: Any) -> TrainRun:
         **changes,
     }
     return TrainRun(model_dir=str(model_dir), **settings)
+
+
+class StopAt:
+    """Data that sends its own process a signal when batch number `number` is fetched."""
+
+    def __init__(self, number, signum):
+        self.number, self.signum, self.inner = number, signum, Counting()
+        self.batch_size, self.sequence_length = 8, 16
+        self.vocab_size = 32
+        self.tokenizer_path = ""
+
+    def prepare(self):
+        pass
+
+    def identity(self):
+        return self.inner.identity()
+
+    def validation_batches(self, num_batches):
+        return self.inner.validation_batches(num_batches)
+
+    def train_batches(self, start=0):
+        for number, batch in enumerate(self.inner.train_batches(start), start):
+            if number == self.number:
+                os.kill(os.getpid(), self.signum)
+            yield batch
+
+
+def losses(model_dir: Path) -> list[tuple[int, float]]:
+    """Steps and training losses, as logged."""
+    rows = [json.loads(line) for line in (model_dir / "metrics.jsonl").open()]
+    return [(row["step"], row["loss"]) for row in rows if row["split"] == "train"]
+
+
+def final_params(run: TrainRun) -> Any:
+    """NumPy parameters of a run's newest checkpoint."""
+    checkpoints = open_existing(run.path)
+    abstract = build(run, 10).abstract.params
+    params = checkpoints.restore_params(checkpoints.latest_step or 0, abstract)
+    return jax.tree.map(np.asarray, params)
+
+
+def assert_equal(tree: Any, other: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, tree, other)

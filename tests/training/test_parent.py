@@ -10,17 +10,17 @@ from aquila_jax import UserError, axes, save_hf, scale_up
 from aquila_jax.growth import ScaleUp
 from aquila_jax.sharding import MeshShape
 from aquila_jax.training import check, evaluate, train
-from aquila_jax.training.checkpoints import Checkpoints, open_existing
+from aquila_jax.training.checkpoints import Checkpoints
 from aquila_jax.training.importing import save_as_parent
 from aquila_jax.training.run import build
 from aquila_jax.training.start import begin
-from tests.interop import test_gguf
+from tests.interop import test_gguf_file
 
 from .synthetic import TINY, WIDER, Counting, tiny_run
 
 MESH = MeshShape(data=4, fsdp=2)
 PLAIN = dataclasses.replace(
-    test_gguf.CONFIG, vocab_size=32, context_length=16, num_heads=2, num_kv_heads=2
+    test_gguf_file.CONFIG, vocab_size=32, context_length=16, num_heads=2, num_kv_heads=2
 )
 
 
@@ -67,7 +67,7 @@ def test_a_run_begins_with_a_model_from_elsewhere_and_trains(tmp_path, params, k
 
 def test_a_gguf_file_is_a_model_from_elsewhere(tmp_path, random_params):
     params = random_params(PLAIN)
-    path = test_gguf.write(tmp_path / "model.gguf", params, PLAIN)
+    path = test_gguf_file.write(tmp_path / "model.gguf", params, PLAIN)
     run = tiny_run(tmp_path / "run", model=PLAIN, init_from=str(path), mesh=MESH)
     assert check(run) == []
     assert_equal(first_state(run)[0], params)
@@ -86,22 +86,6 @@ def test_a_model_from_elsewhere_grows(tmp_path, params, kind):
     for command in (check, train):
         with pytest.raises(UserError, match=r"has none: set TrainRun.optimizer_state to 'reset'"):
             command(mapped)
-
-
-def test_a_converted_model_is_no_run_to_go_on_with(tmp_path, params):
-    source = as_format(tmp_path / "source", params, "converted")
-    with pytest.raises(UserError, match=r"a converted model and no run: name it in .*init_from"):
-        train(tiny_run(tmp_path / "source"))
-    control = tiny_run(tmp_path / "control", steps=0, match_flops_of=source)
-    with pytest.raises(UserError, match="a converted model"):
-        train(control)
-    losses = evaluate(tiny_run(tmp_path / "source"))
-    assert np.isfinite(losses["mean"])
-    with open_existing(tmp_path / "source") as checkpoints:
-        assert not checkpoints.has_optimizer_state(0)
-    with pytest.raises(UserError, match="source exists"):
-        save_as_parent(params, TINY, tmp_path / "source")
-    assert not list(tmp_path.glob(".source*"))
 
 
 def test_a_model_of_another_shape_or_none_is_refused(tmp_path, params):
