@@ -242,9 +242,11 @@ def _ranks(
     """int32 [8, N] by choice: pairs of the same expert in earlier tokens. Counts these tokens."""
     num_experts = tiling.num_experts
     pieces = [present[:, at : at + LANES] for at in range(0, tiling.chunk, LANES)]
+    # Zeros and ones are exact in bfloat16, for which there is no higher precision to ask for.
     sums = jnp.dot(
         jnp.concatenate(pieces, axis=0).astype(jnp.bfloat16),
         triangle_ref[...],
+        precision=jax.lax.Precision.DEFAULT,
         preferred_element_type=jnp.float32,
     )
     before, total = sums[:, :LANES], sums[:, LANES:]

@@ -117,7 +117,8 @@ def decode_program(run: TrainRun, devices: Sequence[Any] | None = None) -> Progr
     """
     _, layout = model_on_mesh(run, devices)
     config, dtype = run.model, jnp.dtype(run.dtype)
-    model = Transformer(config, dtype=dtype, unrolled=True)
+    shown = layout if layout.mesh.size > 1 else None
+    model = Transformer(config, dtype=dtype, layout=shown, unrolled=True)
     shapes = axes.abstract_params(config, dtype)
     params = _unrolled(placed(shapes, layout.params(config)), run, layout)
     rows, slots = run.data.batch_size, run.data.sequence_length
@@ -151,9 +152,10 @@ def _unrolled(params: Any, run: TrainRun, layout: Layout) -> Any:
     shapes = jax.eval_shape(functools.partial(unroll, config=run.model), params)
     specs = {}
     for path, parameter in axes.parameters(run.model).items():
-        is_stacked = parameter.axes[0] in axes.LAYER_AXES
-        logical = parameter.axes[1:] if is_stacked else parameter.axes
-        specs[_by_layer(path) if is_stacked else path] = layout.sharding(logical, path)
+        spec = layout.parameter_spec(path, run.model)
+        if parameter.axes[0] in axes.LAYER_AXES:
+            path, spec = _by_layer(path), jax.sharding.PartitionSpec(*spec[1:])
+        specs[path] = jax.sharding.NamedSharding(layout.mesh, spec)
     flat = axes.flatten(shapes)
     shardings = {path: specs[_by_layer(path) if path not in specs else path] for path in flat}
     return placed(shapes, axes.unflatten(shardings))

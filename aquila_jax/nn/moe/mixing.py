@@ -66,6 +66,10 @@ def mix(
     """
     if layout is None or layout.mesh.size == 1:
         layout = None
+    elif (fold := _rows_in_one(layout, dispatch, x_BTD)) > 1:
+        x, logits, is_token = _join_rows(fold, x_BTD, logits_BTE, is_token_BT)
+        out_BTD, said = mix(config, dispatch, x, logits, is_token, bias_E, weights, layout)
+        return out_BTD.reshape(x_BTD.shape), said
     elif dispatch.strategy != "reference":
         dispatch = _checked(config, dispatch, layout, x_BTD)
     if dispatch.strategy == "reference":
@@ -128,6 +132,23 @@ def _checked(config: ModelConfig, dispatch: Dispatch, layout: Layout, x_BTD: jax
         f"{rows} rows of {length} tokens do not divide over {row_shards} x {token_shards} devices"
     )
     return Dispatch(strategy="reference", balance=dispatch.balance)
+
+
+def _rows_in_one(layout: Layout, dispatch: Dispatch, x_BTD: jax.Array) -> int:
+    """How many short rows to take for one, so that its tokens divide: while texts are generated.
+
+    Not where the load is balanced row by row.
+    """
+    (rows, length, _), token_shards = x_BTD.shape, layout.shards(EXPERT_MLP)
+    if length % token_shards == 0 or rows % (layout.shards(BATCH) * token_shards):
+        return 1
+    by_row = dispatch.strategy == "reference" or dispatch.balance == "sequence"
+    return 1 if by_row else token_shards
+
+
+def _join_rows(fold: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays `[B, T, ...]` with `fold` neighbouring rows in one."""
+    return tuple(x.reshape(x.shape[0] // fold, x.shape[1] * fold, *x.shape[2:]) for x in arrays)
 
 
 @functools.cache

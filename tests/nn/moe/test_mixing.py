@@ -86,6 +86,21 @@ def test_gives_the_outputs_the_gradients_and_the_report_of_the_reference(mixture
     )
 
 
+def test_single_tokens_of_many_rows_are_shared_among_hidden_shards(mixture, caplog):
+    """As while texts are generated: one token of a row does not divide over two devices."""
+    config, ((x_BTD, logits_BTE, weights), is_token_BT, by_BTD) = mixture
+    single = (x_BTD[:, :1], logits_BTE[:, :1], weights), is_token_BT[:, :1], by_BTD[:, :1]
+    mesh = MeshShape(expert=4, model=2)
+    found, expected = (
+        evaluate((config, single), dispatch, over)
+        for dispatch, over in ((Dispatch(), mesh), (REFERENCE, None))
+    )
+    assert not caplog.records
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), found, expected
+    )
+
+
 def test_without_room_tokens_are_dropped_and_counted(mixture):
     _, arguments = mixture
     real = arguments[1].sum()
