@@ -2,6 +2,8 @@ import pytest
 
 from aquila_jax.errors import UserError
 from aquila_jax.planning import CHIPS, parse_topology
+from aquila_jax.planning.topology import devices_of
+from aquila_jax.sharding import MeshShape
 
 
 def test_a_topology_counts_chips_and_devices():
@@ -30,3 +32,11 @@ def test_every_chip_has_an_example(chip):
 def test_what_is_no_topology_is_refused(text, slices, said):
     with pytest.raises(UserError, match=said):
         parse_topology(text, slices)
+
+
+def test_a_mesh_may_split_a_side_of_the_torus():
+    pytest.importorskip("libtpu", reason="topologies need libtpu")
+    devices = devices_of(parse_topology("v6e:16x16"))
+    mesh = MeshShape(data=1, fsdp=32, expert=8).build(devices)
+    assert (mesh.shape["fsdp"], mesh.shape["expert"]) == (32, 8)
+    assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}
