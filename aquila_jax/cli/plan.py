@@ -122,7 +122,9 @@ def _search(run: "TrainRun", topology: "Topology", arguments: argparse.Namespace
 
 def _settings(plan: "Plan") -> str:
     mesh = ", ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1)
-    return f"{mesh}; batch {plan.settings['batch_size']}; remat {plan.settings['remat']}"
+    parts = plan.settings["micro_batches"]
+    batch = f"batch {plan.settings['batch_size']}" + (f" in {parts} parts" if parts > 1 else "")
+    return f"{mesh}; {batch}; remat {plan.settings['remat']}"
 
 
 def _ranking(plans: Sequence["Plan"]) -> list[str]:

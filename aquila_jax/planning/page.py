@@ -39,7 +39,11 @@ def _head(plan: Plan) -> Iterator[str]:
     total = accounting.num_parameters(plan.model) / 1e9
     active = accounting.num_active_parameters(plan.model) / 1e9
     mesh = ", ".join(f"{name} {size}" for name, size in plan.mesh.items())
-    settings = ", ".join(f"{name} {value}" for name, value in plan.settings.items())
+    # A batch in one part is the usual, and nothing to tell.
+    told = {
+        name: value for name, value in plan.settings.items() if name != "micro_batches" or value > 1
+    }
+    settings = ", ".join(f"{name} {value}" for name, value in told.items())
     yield f"{plan.what} on {plan.topology}: {verdict(plan)}"
     yield ""
     yield f"model      {total:.2f} B parameters, {active:.2f} B active"

@@ -56,7 +56,7 @@ class Plan:
         topology: where it would run.
         mesh: axes and sizes.
         model: the architecture.
-        settings: what a search varies: batch size, row length, remat.
+        settings: what a search varies and what goes with it: batch size, its parts, remat, ...
         tokens: of one execution.
         run_tokens: of the whole run; 0 where that is unknown.
         memory: bytes on one device.
@@ -173,6 +173,7 @@ def make_plan(
             "sequence_length": run.data.sequence_length,
             "remat": run.remat,
             "dtype": run.dtype,
+            "micro_batches": run.micro_batches,
         },
         program.tokens,
         float(run_tokens),
