@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from processes import kept
 
 from aquila_jax.cli.gin_files import configured_run
 from aquila_jax.files import write_text
@@ -85,18 +85,7 @@ def compile_ours(batch: int, hlo: Path) -> None:
 
 def measured(command: Sequence[str], hlo: Path) -> dict[str, Any]:
     """What a process printed last, and what its HLO sends, GB on a chip by kind."""
-    kept = hlo.with_suffix(".json")
-    if not kept.exists():
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
-        environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-        if command[0] != sys.executable:
-            environment.pop("PYTHONPATH", None)
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-        kept.write_text(done.stdout.strip().splitlines()[-1])
-    result = json.loads(kept.read_text())
+    result = kept(command, hlo.with_suffix(".json"))
     if result["fits"]:
         traffic = traffic_of(parse(hlo.read_text()), CHIPS)
         sent: dict[str, float] = {}
