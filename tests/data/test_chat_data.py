@@ -113,7 +113,7 @@ def test_long_examples_lose_their_end_and_those_without_an_answer_are_left_out(d
         ({"vocab_size": 8}, "has 31 ids: set ChatData.vocab_size"),
         ({"path": "none.jsonl"}, "there is no file none.jsonl"),
         ({"validation_fraction": 0.0}, "between 0 and 1"),
-        ({"sequence_length": 1}, "sequence_length is 1"),
+        ({"sequence_length": 1}, "sequence_length must be .* at least 2, not 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(data, changes, says):

@@ -80,7 +80,7 @@ def test_a_broken_database_is_the_users_to_mend(tmp_path: Path):
 
 def test_too_little_text_for_a_split_is_told(tmp_path: Path):
     write_speeches(tmp_path, {"1800-Nobody-1": "short"})
-    with pytest.raises(UserError, match=r"no document of sotu_en .* validation split"):
+    with pytest.raises(UserError, match=r"none of the 1 documents of sotu_en .* validation split"):
         list(read_split("sotu_en", str(tmp_path), "validation"))
 
 
