@@ -21,6 +21,7 @@ def test_every_setting_has_a_dotted_name(tmp_path):
 def test_data_of_another_kind_is_known_by_its_name(tmp_path):
     class Other:
         batch_size, sequence_length, vocab_size = 8, 16, 32
+        train_batches = Counting.train_batches
 
     assert flatten(tiny_run(tmp_path, data=Other()))["data"] == "Other"
 
