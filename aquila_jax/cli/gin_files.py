@@ -209,8 +209,9 @@ def _parse(
     # __init__.py. Its search path and readers have no public way to be set rather than added to.
     reader: Any = functools.partial(_open, allow_imports=allow_imports)
     gin_config._FILE_READERS[:] = [(reader, os.path.isfile)]
-    gin_config._LOCATION_PREFIXES[:] = ["", *search_paths, *map(str, _ROOTS)]
-    _check_files(gin_files, ["", *search_paths, *map(str, _ROOTS)])
+    folders = ["", *search_paths, *map(str, _ROOTS)]
+    gin_config._LOCATION_PREFIXES[:] = folders
+    _check_files(gin_files, folders)
     with _one_line_errors():
         gin.parse_config_files_and_bindings(list(gin_files), None, finalize_config=False)
         _check_macros(bindings)

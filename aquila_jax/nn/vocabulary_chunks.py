@@ -65,15 +65,14 @@ class Head:
         most = -(-self.config.vocab_size // self.num_parts)
         if self.splits_width:
             most = self.config.vocab_size // self.num_parts
-        fitting = _LOGITS_BYTES // (4 * num_tokens) // _LANES * _LANES
-        return min(most, self.chunk or max(_LANES, fitting))
+        return min(most, self.chunk or _fitting(_LOGITS_BYTES, num_tokens))
 
     def in_cache(self, num_tokens: int) -> "Head":
         """The same, cut so that a CPU's cache holds a chunk's logits of so many tokens."""
-        if jax.default_backend() != "cpu" or (self.layout and self.layout.platform != "cpu"):
+        platform = jax.default_backend() if self.layout is None else self.layout.platform
+        if platform != "cpu":
             return self
-        fitting = _CACHED_BYTES // (4 * num_tokens) // _LANES * _LANES
-        return dataclasses.replace(self, chunk=self.chunk or max(_LANES, fitting))
+        return dataclasses.replace(self, chunk=self.chunk or _fitting(_CACHED_BYTES, num_tokens))
 
     def on_shards(self, body: Any, inputs: tuple[Any, ...], outputs: Any) -> Any:
         """`body`, of hidden states, the kernel and arrays `[B, T]`, on every device's shards."""
@@ -83,6 +82,11 @@ class Head:
         known = {"x": (BATCH, None, None), "kernel": kernel, "tokens": (BATCH, None)}
         specs = jax.tree.map(known.__getitem__, outputs)
         return self.layout.shard_map(body, [known[name] for name in inputs], specs)
+
+
+def _fitting(num_bytes: int, num_tokens: int) -> int:
+    """Columns of float32 logits of so many tokens; whole registers, and one at least."""
+    return max(_LANES, num_bytes // (4 * num_tokens) // _LANES * _LANES)
 
 
 def token_losses(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from aquila_jax.config import ModelConfig
-from aquila_jax.errors import UserError
+from aquila_jax.errors import check_number
 from aquila_jax.nn import Transformer, forward_losses
 from aquila_jax.nn.moe import JITTER
 from aquila_jax.nn.moe.health import balance_biases, router_metrics
@@ -60,11 +60,8 @@ class RouterLosses:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if not (isinstance(value, int | float) and 0 <= value < float("inf")):
-                raise UserError(
-                    f"RouterLosses.{name} must be at least 0, not {value!r}: below it what is "
-                    "charged would be rewarded; 0 switches it off"
-                )
+            # Below 0 what is charged would be rewarded.
+            check_number(f"RouterLosses.{name}", value, least=0)
 
 
 def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:

@@ -85,7 +85,7 @@ def test_shapes_that_cannot_grow_give_one_line(arguments, message, refused):
         ),
         (["--gin.Dispatch.capacity_factor=0.0"], "capacity_factor (0.0) must be above 0"),
         (["--gin.Dispatch.strategy='capasity'"], "one of dropless, capacity, reference"),
-        (["--gin.RouterLosses.z=-1"], "RouterLosses.z must be at least 0, not -1"),
+        (["--gin.RouterLosses.z=-1"], "RouterLosses.z must be a number, at least 0, not -1"),
     ],
 )
 def test_a_mixture_that_cannot_be_gives_one_line(arguments, message, refused):
