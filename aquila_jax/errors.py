@@ -1,8 +1,12 @@
-"""The exceptions that mean: the person, or whoever starts processes, can mend this."""
+"""The exceptions that mean: the person, or whoever starts processes, can mend this; their words."""
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
+
+# What a line of ours has room for of what others say.
+_MOST_CHARACTERS = 300
 
 
 class UserError(ValueError):
@@ -57,3 +61,14 @@ def check_number(
     told = [f"{words} {limit:,.15g}" for words, limit in limits if math.isfinite(limit)]
     wanted = ", ".join(["a whole number" if is_whole else "a number", *told])
     raise UserError(f"{name} must be {wanted}, not {value!r}")
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says first, cut short; its type's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:_MOST_CHARACTERS]
+
+
+def few(names: Sequence[str], most: int = 8) -> str:
+    """The first names of a list, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

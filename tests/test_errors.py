@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from aquila_jax import cli
-from aquila_jax.errors import HostsLostError, UserError, check_number
+from aquila_jax.errors import HostsLostError, UserError, check_number, few, first_line
 
 
 def test_exit_codes_are_those_the_command_line_promises():
@@ -52,3 +52,22 @@ def test_what_is_no_number_in_range_is_named_with_the_range(value):
 def test_whole_numbers_are_told_from_others(value):
     with pytest.raises(UserError, match=r"size must be a whole number, at least 1, below 8, not"):
         check_number("size", value, least=1, below=8, is_whole=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("\n  one\ntwo"), "one"),
+        (ValueError("x" * 1000), "x" * 300),
+        (ValueError(), "ValueError"),
+        (KeyError("name"), "'name'"),
+    ],
+)
+def test_what_other_libraries_say_fits_into_a_line(error, line):
+    assert first_line(error) == line
+
+
+def test_long_lists_are_told_by_their_first_names():
+    assert few([]) == ""
+    assert few(["a", "b"], most=2) == "a, b"
+    assert few(["a", "b", "c", "d"], most=2) == "a, b and 2 more"

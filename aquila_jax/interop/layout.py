@@ -17,7 +17,7 @@ import numpy as np
 from aquila_jax import axes
 from aquila_jax.axes import Parameter
 from aquila_jax.config import ModelConfig
-from aquila_jax.errors import UserError
+from aquila_jax.errors import UserError, few
 from aquila_jax.interop.families import has_qwen_mixture
 
 _NAMES: Mapping[str, str] = {
@@ -56,9 +56,6 @@ _QWEN_NAMES: Mapping[str, str] = {
     "layers/moe/shared_router": "model.layers.{layer}.mlp.shared_expert_gate.weight",
 }
 HEAD = _NAMES["lm_head/kernel"]
-
-# How many tensors an error names of each kind.
-_MOST_LISTED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,14 +216,10 @@ def refuse_listed(what: str, problems: Mapping[str, list[str]]) -> None:
         UserError: there is any.
     """
     if any(problems.values()):
-        listed = "; ".join(f"{kind}: {_few(names)}" for kind, names in problems.items() if names)
+        listed = "; ".join(
+            f"{kind}: {few([*map(printable, names)])}" for kind, names in problems.items() if names
+        )
         raise UserError(f"{what}: {listed}")
-
-
-def _few(names: list[str]) -> str:
-    rest = len(names) - _MOST_LISTED
-    listed = ", ".join(map(printable, names[:_MOST_LISTED]))
-    return listed + (f" and {rest} more" if rest > 0 else "")
 
 
 def printable(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from aquila_jax.errors import UserError
+from aquila_jax.errors import UserError, first_line
 from aquila_jax.interop.families import CONFIG_FILE, HubConfig
 
 
@@ -49,8 +49,7 @@ class TransformersModel:
             named, own = (folder, options) if tokenizer is None else _where(tokenizer)
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(named, **local, **own)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"transformers does not read {path}: {reason[:300]}") from error
+            raise UserError(f"transformers does not read {path}: {first_line(error)}") from error
         for kind in ("missing_keys", "mismatched_keys"):
             if names := sorted(map(str, report.get(kind) or ())):
                 raise UserError(

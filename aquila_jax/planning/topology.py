@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.experimental import topologies
 
-from aquila_jax.errors import UserError
+from aquila_jax.errors import UserError, first_line
 from aquila_jax.planning.chips import Topology
 
 
@@ -32,8 +32,7 @@ def devices_of(topology: Topology) -> list[Any]:
             description = topologies.get_topology_desc(topology.name, platform="tpu", **slices)
     except Exception as error:
         # JAX promises no type; what libtpu says comes as the first line.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"no topology {topology.name}: {reason}") from error
+        raise UserError(f"no topology {topology.name}: {first_line(error)}") from error
     return list(description.devices)
 
 

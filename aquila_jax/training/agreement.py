@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aquila_jax.errors import UserError
+from aquila_jax.errors import UserError, few
 from aquila_jax.files import write_text
 from aquila_jax.hosts import Group
 from aquila_jax.sharding import Layout
@@ -57,8 +57,7 @@ def check_alike(hosts: Group, name: str, facts: dict[str, Any]) -> None:
     first = hosts.first(name, lambda: facts)
     differing = sorted(key for key in {**first, **facts} if first.get(key, None) != facts.get(key))
     shown = [f"{key} is {facts.get(key)!r}, not {first.get(key)!r}" for key in differing]
-    rest = f" and {len(shown) - _MOST_LISTED} more" if len(shown) > _MOST_LISTED else ""
-    answers = hosts.gather(f"{name} differs", ", ".join(shown[:_MOST_LISTED]) + rest)
+    answers = hosts.gather(f"{name} differs", few(shown, _MOST_LISTED))
     found = [f"on process {index} {words}" for index, words in enumerate(answers) if words]
     if found:
         raise UserError(

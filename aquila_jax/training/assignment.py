@@ -6,13 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from aquila_jax import axes
 from aquila_jax.config import ModelConfig
-from aquila_jax.errors import UserError
+from aquila_jax.errors import UserError, few
 
 # Pairs of a pattern and what it stands for: see `assign`.
 AssignmentMap = Sequence[tuple[str, str | None]]
-
-# How many leaves a line names of each kind.
-_MOST_LISTED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Assignment:
         renamed = [f"{leaf} from {source}" for leaf, source in self.sources.items() if source]
         renamed = [words for words in renamed if len(set(words.split(" from "))) > 1]
         parts = (("renamed", renamed), ("freshly initialised", self.fresh), ("unused", self.unused))
-        return "; ".join(f"{kind}: {_few(names)}" for kind, names in parts if names)
+        return "; ".join(f"{kind}: {few(names)}" for kind, names in parts if names)
 
 
 def check_map(assignment_map: AssignmentMap) -> None:
@@ -102,7 +99,7 @@ def assign(
     if not allow_missing:
         problems["missing there"] = [f"{leaf} (as {sources[leaf]})" for leaf in missing]
         problems["used by nothing"] = [leaf for leaf in unused if _source(leaf, assignment_map)]
-    listed = "; ".join(f"{kind}: {_few(names)}" for kind, names in problems.items() if names)
+    listed = "; ".join(f"{kind}: {few(names)}" for kind, names in problems.items() if names)
     if listed:
         raise UserError(
             f"the checkpoint's leaves are not the model's: {listed}; map them in "
@@ -117,8 +114,3 @@ def _source(leaf: str, assignment_map: AssignmentMap) -> str | None:
         if match := re.fullmatch(pattern, leaf):
             return None if replacement is None else match.expand(replacement)
     return leaf
-
-
-def _few(names: Sequence[str]) -> str:
-    rest = len(names) - _MOST_LISTED
-    return ", ".join(names[:_MOST_LISTED]) + (f" and {rest} more" if rest > 0 else "")

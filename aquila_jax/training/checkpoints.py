@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from aquila_jax.errors import UserError
+from aquila_jax.errors import UserError, first_line
 from aquila_jax.files import sync_directory
 from aquila_jax.hosts import current
 from aquila_jax.training.keeping import Keep, Saved
@@ -351,7 +351,7 @@ class Checkpoints:
             others = [other for other in self.steps if other != step]
             rest = f"go on from step {others[-1]}" if others else "start again"
             raise UserError(
-                f"checkpoint {self.path(step)} cannot be read ({_first_line(error)}): "
+                f"checkpoint {self.path(step)} cannot be read ({first_line(error)}): "
                 f"move it out of {self._directory.name}/ to {rest}"
             ) from error
 
@@ -402,8 +402,4 @@ def _disk_words(error: BaseException) -> str:
     TensorStore puts them behind a path that may be longer than a line.
     """
     named = (words for words in _DISK_PROBLEMS if words in str(error))
-    return next(named, _first_line(error))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return next(named, first_line(error))

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from aquila_jax import axes
 from aquila_jax.config import ModelConfig
 from aquila_jax.data.pretrained_tokenizer import TOKENIZER_DIR
-from aquila_jax.errors import UserError
+from aquila_jax.errors import UserError, first_line
 from aquila_jax.training.checkpoints import CHECKPOINT_DIR, open_existing
 
 
@@ -69,8 +69,9 @@ class SavedLeaves:
         try:
             leaf = axes.flatten(self._checkpointer.restore(self._directory, args=arguments))[path]
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-            first = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise UserError(f"{path} of {self._directory} cannot be read ({first})") from error
+            raise UserError(
+                f"{path} of {self._directory} cannot be read ({first_line(error)})"
+            ) from error
         if leaf.shape != self._parameters[path].shape(self.config):
             raise UserError(
                 f"{path} of {self._directory} has shape {leaf.shape}, not "

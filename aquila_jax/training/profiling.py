@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from aquila_jax.errors import UserError
+from aquila_jax.errors import UserError, first_line
 
 PROFILE_DIR = "profile"
 
@@ -63,10 +63,9 @@ def out_of_memory(error: Exception, model_dir: Path, index: int) -> UserError:
         held = f"what devices held is in {path} (read it by pprof)"
     except Exception as second:  # the first error is the one that counts
         held = f"no memory profile could be written ({second})"
-    first = (str(error).splitlines() or [""])[0][:300]
     return UserError(
-        f"a device ran out of memory ({first}); {held}; choose more fsdp in MeshShape, a smaller "
-        "batch_size, or TrainRun.remat"
+        f"a device ran out of memory ({first_line(error)}); {held}; choose more fsdp in MeshShape, "
+        "a smaller batch_size, or TrainRun.remat"
     )
 
 
