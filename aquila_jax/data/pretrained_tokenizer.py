@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aquila_jax.data.gguf_tokenizer import GGUF, as_tokenizer_json
-from aquila_jax.errors import UserError
+from aquila_jax.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import sentencepiece
@@ -88,11 +88,27 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     return _opened(file, file.read_bytes(), tuple(beside.items()))
 
 
-def start_id(tokenizer: Tokenizer) -> int:
-    """What is before a text that has nothing before it: padding in seqio, else begin or end."""
-    if tokenizer.is_seqios:
-        return tokenizer.pad_id
+def beginning_id(tokenizer: Tokenizer) -> int:
+    """What a pretrained model reads before a text: its begin token, else the end of another."""
     return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+
+
+def start_id(tokenizer: Tokenizer) -> int:
+    """What is before a text in training: padding in seqio, else as `beginning_id`."""
+    return tokenizer.pad_id if tokenizer.is_seqios else beginning_id(tokenizer)
+
+
+def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """A model of `vocab_size` embeddings has one for every id.
+
+    Raises:
+        UserError: the tokenizer has more ids.
+    """
+    if tokenizer.num_ids > vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.num_ids} ids and the model {vocab_size}: they are of "
+            "two models"
+        )
 
 
 def find_tokenizer(path: str | Path) -> Path:
@@ -155,14 +171,13 @@ class JsonTokenizer:
             import tokenizers
         except ImportError as error:
             raise UserError(
-                f"reading {file} needs the tokenizers package: pip install aquila-jax[data]"
+                f"reading {file} needs the tokenizers package: pip install 'aquila-jax[data]'"
             ) from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the package raises plain Exception
-            reason = str(error).splitlines()[0][:200]
             raise UserError(
-                f"{file} is no whole tokenizer.json ({reason}); fetch it again"
+                f"{file} is no whole tokenizer.json ({first_line(error)}); fetch it again"
             ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

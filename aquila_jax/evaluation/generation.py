@@ -10,18 +10,16 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from aquila_jax.config import ModelConfig
-from aquila_jax.data.pretrained_tokenizer import Tokenizer
+from aquila_jax.data.pretrained_tokenizer import Tokenizer, beginning_id, check_vocab_size
 from aquila_jax.errors import UserError
 from aquila_jax.evaluation.sampling import Sampling, choose
-from aquila_jax.evaluation.scoring import placed_on, progress
+from aquila_jax.evaluation.scoring import padded_length, placed_on, progress
 from aquila_jax.evaluation.stopping import TextStream, check_stops
 from aquila_jax.nn.cache import Cache, extend, prefill, unroll
 from aquila_jax.nn.transformer import Transformer
 from aquila_jax.sharding import Layout
 
 GREEDY = Sampling()
-# Widths of prompts and sizes of caches are multiples of this, so that few shapes are compiled.
-_MULTIPLE = 64
 
 
 class Completion(NamedTuple):
@@ -67,11 +65,7 @@ class Generator:
         steps_per_call: int = 8,
         layout: Layout | None = None,
     ) -> None:
-        if tokenizer.num_ids > config.vocab_size:
-            raise UserError(
-                f"the tokenizer has {tokenizer.num_ids} ids and the model {config.vocab_size}: "
-                "they are of two models"
-            )
+        check_vocab_size(tokenizer, config.vocab_size)
         for name, value in (("batch_size", batch_size), ("steps_per_call", steps_per_call)):
             if value < 1:
                 raise UserError(f"{name} must be 1 or more, not {value}")
@@ -141,9 +135,7 @@ class Generator:
             UserError: it leaves no room in the context, or has ids that the model does not know.
         """
         ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else [*map(int, prompt)]
-        if not ids:
-            bos_id = self._tokenizer.bos_id
-            ids = [self._tokenizer.eos_id if bos_id is None else bos_id]
+        ids = ids or [beginning_id(self._tokenizer)]
         config = self._model.config
         if len(ids) >= config.context_length:
             raise UserError(
@@ -185,7 +177,7 @@ class Generator:
         steps = self._steps_per_call
         needed = tokens_BT.shape[1] + max_new_tokens + steps
         logits_BV, cache = _read(
-            self._model, -needed // _MULTIPLE * -_MULTIPLE, self._params, tokens_BT, is_token_BT
+            self._model, padded_length(needed), self._params, tokens_BT, is_token_BT
         )
         rows_B = jnp.asarray(computed)
         next_B = choose(logits_BV, sampling, rows_B, jnp.asarray(0))
@@ -213,7 +205,7 @@ class Generator:
 
 def _padded(prompts: list[list[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompts that end together, and where they are: int32 and bool `[B, T]`."""
-    width = -max(map(len, prompts)) // _MULTIPLE * -_MULTIPLE
+    width = padded_length(max(map(len, prompts)))
     tokens_BT = np.full((len(prompts), width), pad_id, np.int32)
     is_token_BT = np.zeros(tokens_BT.shape, bool)
     for row, ids in enumerate(prompts):

@@ -10,12 +10,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from aquila_jax.config import ModelConfig
-from aquila_jax.data.pretrained_tokenizer import Tokenizer
+from aquila_jax.data.pretrained_tokenizer import Tokenizer, beginning_id, check_vocab_size
 from aquila_jax.errors import UserError
 from aquila_jax.nn.transformer import Transformer
 from aquila_jax.sharding import Layout
 
-# Rows are padded to a multiple of this, so that few shapes are compiled.
+# What lengths are rounded up to.
 _MULTIPLE = 64
 
 
@@ -61,11 +61,7 @@ class Scorer:
         max_length: int | None = None,
         layout: Layout | None = None,
     ) -> None:
-        if tokenizer.num_ids > config.vocab_size:
-            raise UserError(
-                f"the tokenizer has {tokenizer.num_ids} ids and the model {config.vocab_size}: "
-                "they are of two models"
-            )
+        check_vocab_size(tokenizer, config.vocab_size)
         self.max_length = config.context_length if max_length is None else max_length
         if not 2 <= self.max_length <= config.context_length:
             raise UserError(
@@ -82,8 +78,7 @@ class Scorer:
     @property
     def start_id(self) -> int:
         """What is before a text that has nothing before it."""
-        bos_id = self.tokenizer.bos_id
-        return self.tokenizer.eos_id if bos_id is None else bos_id
+        return beginning_id(self.tokenizer)
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
         """The log-likelihood of each continuation after its context.
@@ -146,7 +141,7 @@ class Scorer:
 
     def _score_batch(self, rows: list[tuple[list[int], int]]) -> list[Score]:
         longest = max(len(ids) for ids, _ in rows) - 1
-        width = min(-longest // _MULTIPLE * -_MULTIPLE, self.max_length)
+        width = min(padded_length(longest), self.max_length)
         shape = (self._batch_size, width)
         tokens_BT, targets_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         weights_BT = np.zeros(shape, np.float32)
@@ -164,6 +159,11 @@ class Scorer:
             Score(float(sums_B[number]), bool(greedy_B[number]), num_scored)
             for number, (_, num_scored) in enumerate(rows)
         ]
+
+
+def padded_length(length: int) -> int:
+    """The length of a row, a prompt or a cache in a batch: rounded up, so that few are compiled."""
+    return -(-length // _MULTIPLE) * _MULTIPLE
 
 
 def progress(name: str, total: int) -> Any:

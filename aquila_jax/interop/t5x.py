@@ -19,7 +19,7 @@ from flax.linen.partitioning import AxisMetadata
 
 from aquila_jax import axes
 from aquila_jax.config import ModelConfig
-from aquila_jax.data.pretrained_tokenizer import open_tokenizer, start_id
+from aquila_jax.data.pretrained_tokenizer import check_vocab_size, open_tokenizer, start_id
 from aquila_jax.data.seqio_vocabulary import LanguageModelConverter
 from aquila_jax.data.tasks import register_mixture
 from aquila_jax.data.vocabulary import load_vocabulary
@@ -95,10 +95,7 @@ class AquilaModel(models.BaseTransformerModel):
         z_loss: float = 0.0,
     ) -> None:
         tokenizer = open_tokenizer(tokenizer_path)
-        if tokenizer.num_ids > config.vocab_size:
-            raise UserError(
-                f"{tokenizer_path} has {tokenizer.num_ids} ids and the model {config.vocab_size}"
-            )
+        check_vocab_size(tokenizer, config.vocab_size)
         vocabulary = load_vocabulary(tokenizer_path)
         super().__init__(
             Transformer(config, dtype=jnp.dtype(dtype), remat=remat),

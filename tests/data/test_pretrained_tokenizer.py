@@ -1,9 +1,15 @@
+import copy
 import json
 
 import pytest
 import sentencepiece
 
-from aquila_jax.data.pretrained_tokenizer import open_tokenizer
+from aquila_jax.data.pretrained_tokenizer import (
+    beginning_id,
+    check_vocab_size,
+    open_tokenizer,
+    start_id,
+)
 from aquila_jax.errors import UserError
 
 from . import sentencepieces
@@ -72,3 +78,17 @@ def test_what_is_no_tokenizer_is_refused(llama, tmp_path):
     (llama / "tokenizer.model").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="no sentencepiece model"):
         open_tokenizer(llama)
+
+
+def test_a_text_begins_after_the_begin_token_or_the_end_of_another(llama):
+    tokenizer = copy.copy(open_tokenizer(llama))
+    assert beginning_id(tokenizer) == start_id(tokenizer) == tokenizer.bos_id == 1
+    tokenizer.bos_id = None
+    assert beginning_id(tokenizer) == start_id(tokenizer) == tokenizer.eos_id == 2
+
+
+def test_every_id_needs_an_embedding(llama):
+    tokenizer = open_tokenizer(llama)
+    check_vocab_size(tokenizer, tokenizer.num_ids)
+    with pytest.raises(UserError, match="has 330 ids and the model 329: they are of two models"):
+        check_vocab_size(tokenizer, tokenizer.num_ids - 1)

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import sys
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from aquila_jax.errors import UserError
-from aquila_jax.evaluation.scoring import Scorer, progress
+from aquila_jax.evaluation.scoring import Scorer, padded_length, progress
 from aquila_jax.sharding import Layout, MeshShape
 
 from .letters import Letters
@@ -82,6 +83,16 @@ def test_numbers_out_of_range_are_refused(tiny, params):
         Scorer(params, tiny, Letters(), max_length=33)
     with pytest.raises(UserError, match="batch_size"):
         Scorer(params, tiny, Letters(), batch_size=0)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny, params):
+    with pytest.raises(UserError, match="61 ids and the model 60: they are of two models"):
+        Scorer(params, dataclasses.replace(tiny, vocab_size=60), Letters())
+
+
+@pytest.mark.parametrize(("length", "padded"), [(1, 64), (63, 64), (64, 64), (65, 128)])
+def test_lengths_are_rounded_up_to_few(length, padded):
+    assert padded_length(length) == padded
 
 
 def test_a_mesh_gives_the_scores_of_one_device(tiny, params, scorer):
