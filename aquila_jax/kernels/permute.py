@@ -70,18 +70,15 @@ def unpermute(
     """
     check(backend)
     if gates_Nk is None:
-        return _add_up(backend, rows_MD.shape[0], rows_MD, slots_Nk)
+        return _add_up(rows_MD.shape[0], backend, rows_MD, slots_Nk)
     return _unpermute(backend, rows_MD, slots_Nk, gates_Nk)
 
 
 def permute_reference(x_ND: jax.Array, slots_Nk: jax.Array, num_rows: int) -> jax.Array:
     """`permute` in plain JAX: the inverse of the slots, then a gather."""
-    tokens_N1 = jnp.arange(x_ND.shape[0], dtype=jnp.int32)[:, None]
-    token_M = jnp.full(num_rows, x_ND.shape[0], jnp.int32)
-    # Indices below zero would count from the end; no index at or past it counts.
-    slots_Nk = jnp.where(slots_Nk < 0, num_rows, slots_Nk)
-    token_M = token_M.at[slots_Nk].set(tokens_N1, mode="drop", unique_indices=True)
-    return _taken(x_ND, token_M)
+    num_tokens = x_ND.shape[0]
+    tokens_N1 = jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
+    return _taken(x_ND, _inverse(slots_Nk, tokens_N1, num_rows, absent=num_tokens))
 
 
 def unpermute_reference(
@@ -101,12 +98,9 @@ def unpermute_backward_reference(
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of `unpermute` by rows and gates, from that of its result."""
     num_tokens, num_choices = slots_Nk.shape
-    num_rows = rows_MD.shape[0]
     wide = jnp.promote_types(rows_MD.dtype, jnp.float32)
-    slots_Nk = jnp.where(slots_Nk < 0, num_rows, slots_Nk)
-    pair_M = jnp.full(num_rows, slots_Nk.size, jnp.int32)
     pairs_Nk = jnp.arange(slots_Nk.size, dtype=jnp.int32).reshape(num_tokens, num_choices)
-    pair_M = pair_M.at[slots_Nk].set(pairs_Nk, mode="drop", unique_indices=True)
+    pair_M = _inverse(slots_Nk, pairs_Nk, rows_MD.shape[0], absent=slots_Nk.size)
     gates_M = gates_Nk.reshape(-1).at[pair_M].get(mode="fill", fill_value=0)
     taken_MD = _taken(gradient_ND, pair_M // num_choices)
     rows_gradient_MD = (gates_M[:, None] * taken_MD.astype(wide)).astype(rows_MD.dtype)
@@ -115,6 +109,14 @@ def unpermute_backward_reference(
         for slots_N in slots_Nk.T
     ]
     return rows_gradient_MD, jnp.stack(gates_gradient_Nk, axis=1).astype(gates_Nk.dtype)
+
+
+def _inverse(slots_Nk: jax.Array, held: jax.Array, num_rows: int, *, absent: int) -> jax.Array:
+    """int32 [M]: what each row has of `held`, [N, k] or [N, 1]; `absent` where it has no pair."""
+    # Indices below zero would count from the end; no index at or past it counts.
+    slots_Nk = jnp.where(slots_Nk < 0, num_rows, slots_Nk)
+    held_M = jnp.full(num_rows, absent, jnp.int32)
+    return held_M.at[slots_Nk].set(held, mode="drop", unique_indices=True)
 
 
 def _rows_of(rows_MD: jax.Array, slots_N: jax.Array) -> jax.Array:
@@ -156,11 +158,11 @@ def _permute_forward(
 def _permute_backward(
     num_rows: int, backend: Backend, slots_Nk: jax.Array, gradient_MD: jax.Array
 ) -> tuple[jax.Array, None]:
-    return _sum_value(backend, num_rows, gradient_MD, slots_Nk), None
+    return _add_up_value(num_rows, backend, gradient_MD, slots_Nk), None
 
 
-def _sum_value(
-    backend: Backend, num_rows: int, rows_MD: jax.Array, slots_Nk: jax.Array
+def _add_up_value(
+    num_rows: int, backend: Backend, rows_MD: jax.Array, slots_Nk: jax.Array
 ) -> jax.Array:
     return dispatch(
         _fit(backend, rows_MD, slots_Nk, num_rows),
@@ -171,25 +173,23 @@ def _sum_value(
     )
 
 
-def _sum_forward(
-    backend: Backend, num_rows: int, rows_MD: jax.Array, slots_Nk: jax.Array
+def _add_up_forward(
+    num_rows: int, backend: Backend, rows_MD: jax.Array, slots_Nk: jax.Array
 ) -> tuple[jax.Array, Any]:
-    return _sum_value(backend, num_rows, rows_MD, slots_Nk), slots_Nk
+    return _add_up_value(num_rows, backend, rows_MD, slots_Nk), slots_Nk
 
 
-def _sum_backward(
-    backend: Backend, num_rows: int, slots_Nk: jax.Array, gradient_ND: jax.Array
+def _add_up_backward(
+    num_rows: int, backend: Backend, slots_Nk: jax.Array, gradient_ND: jax.Array
 ) -> tuple[jax.Array, None]:
     return _permute_value(num_rows, backend, gradient_ND, slots_Nk), None
 
 
 # Each is the other's transpose.
-_add_up = jax.custom_vjp(_sum_value, nondiff_argnums=(0, 1))
-_add_up.defvjp(_sum_forward, _sum_backward)
-
-
 _permute = jax.custom_vjp(_permute_value, nondiff_argnums=(0, 1))
 _permute.defvjp(_permute_forward, _permute_backward)
+_add_up = jax.custom_vjp(_add_up_value, nondiff_argnums=(0, 1))
+_add_up.defvjp(_add_up_forward, _add_up_backward)
 
 
 def _unpermute_value(
