@@ -35,8 +35,12 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         self._socket, self._lock = sock, threading.Lock()
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.settimeout(SILENCE_SECONDS)
+        self.wait_at_most(SILENCE_SECONDS)
         self._lines = sock.makefile("rb")
+
+    def wait_at_most(self, seconds: float) -> None:
+        """Give up on a message after so long."""
+        self._socket.settimeout(seconds)
 
     def send(self, message: dict[str, Any]) -> None:
         """Send; whoever is gone is heard of by its reader."""
@@ -47,7 +51,8 @@ class Connection:
         """Every message but beats, until the other side ends or is silent for too long."""
         with contextlib.suppress(OSError, ValueError):
             for line in self._lines:
-                if message := json.loads(line):
+                message = json.loads(line)
+                if message and isinstance(message, dict):
                     yield message
 
     def close(self) -> None:
@@ -105,9 +110,8 @@ class _Side:
             self._values[name] = values
             self._arrived.notify_all()
 
-    def _start(self, listen: Callable[..., None], *arguments: Any) -> None:
-        for target, given in ((listen, arguments), (self._beat, ())):
-            threading.Thread(target=target, args=given, name="aquila-hosts", daemon=True).start()
+    def _in_background(self, work: Callable[..., None], *arguments: Any) -> None:
+        threading.Thread(target=work, args=arguments, name="aquila-hosts", daemon=True).start()
 
     def _beat(self) -> None:
         while True:
@@ -135,17 +139,11 @@ class First(_Side):
         self._given: dict[str, dict[int, Any]] = {}
         self._left: set[int] = set()
         self._call_roll(timeout)
-        for index in self._others:
-            self._others[index].send({"names": [self._names[i] for i in range(cluster.count)]})
-            self._start_one(index)
-
-    def _start_one(self, index: int) -> None:
-        if index == 1:
-            self._start(self._listen, index)
-        else:
-            threading.Thread(
-                target=self._listen, args=(index,), name="aquila-hosts", daemon=True
-            ).start()
+        names = [self._names[i] for i in range(cluster.count)]
+        for index, connection in self._others.items():
+            connection.send({"names": names})
+            self._in_background(self._listen, index)
+        self._in_background(self._beat)
 
     def _call_roll(self, timeout: float) -> None:
         end = time.monotonic() + timeout
@@ -164,12 +162,13 @@ class First(_Side):
                     sock, _ = listener.accept()
                 except TimeoutError:
                     raise self._absent(timeout) from None
-                # Whatever knocks and says nothing is not waited for.
-                sock.settimeout(_LINGER_SECONDS)
                 self._admit(Connection(sock))
 
     def _admit(self, connection: Connection) -> None:
+        # Whatever knocks and says nothing keeps the others waiting.
+        connection.wait_at_most(_LINGER_SECONDS)
         hello = next(connection.receive(), {})
+        connection.wait_at_most(SILENCE_SECONDS)
         index, count = hello.get("join"), hello.get("count")
         if not isinstance(index, int):
             connection.close()
@@ -258,17 +257,18 @@ class Other(_Side):
         hello = {"join": cluster.index, "count": cluster.count, "name": self.name}
         self._first.send(hello)
         # Not the beat's limit: all are waited for.
-        self._first._socket.settimeout(timeout + _LINGER_SECONDS)
+        self._first.wait_at_most(timeout + _LINGER_SECONDS)
         self._messages = self._first.receive()
         answer = next(self._messages, {})
-        self._first._socket.settimeout(SILENCE_SECONDS)
+        self._first.wait_at_most(SILENCE_SECONDS)
         if "stop" in answer:
             kind = HostsLostError if answer["stop"] == HostsLostError.exit_code else UserError
             raise kind(answer["words"])
         if "names" not in answer:
             raise lost(f"process 0 of {cluster.count} at {cluster.coordinator} is gone")
         self._first_name = answer["names"][0]
-        self._start(self._listen)
+        self._in_background(self._listen)
+        self._in_background(self._beat)
 
     def _everyone(self) -> list[Connection]:
         return [self._first]

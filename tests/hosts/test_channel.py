@@ -1,12 +1,13 @@
 """Connections in threads of one process: the roll, exchanges, and who is both."""
 
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from aquila_jax.errors import HostsLostError, UserError
-from aquila_jax.hosts import Cluster, Group
+from aquila_jax.hosts import Cluster, Group, channel
 from aquila_jax.hosts.channel import connect, own_port
 from tests.multihost.processes import free_port
 
@@ -27,8 +28,14 @@ def test_two_processes_of_one_number_are_refused():
     assert "are both to be process 1" in said[0]
 
 
-def test_whoever_knocks_and_says_nothing_does_not_keep_the_others_from_joining():
-    port = free_port()
+@pytest.mark.parametrize(
+    "said",
+    [b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b""],
+    ids=["a web page", "a list", "nothing"],
+)
+def test_whoever_knocks_by_mistake_does_not_keep_the_others_from_joining(said, monkeypatch):
+    monkeypatch.setattr(channel, "_LINGER_SECONDS", 0.5)
+    began, port = time.monotonic(), free_port()
     clusters = [Cluster("test", f"127.0.0.1:{port}", 2, index) for index in range(2)]
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(connect, clusters[0], 20)
@@ -38,10 +45,11 @@ def test_whoever_knocks_and_says_nothing_does_not_keep_the_others_from_joining()
                 break
             except OSError:
                 pass
-        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        stranger.sendall(said)
         other = pool.submit(connect, clusters[1], 20)
         groups = [Group(i, 2, done.result()) for i, done in enumerate((first, other))]
     stranger.close()
+    assert time.monotonic() - began < channel.SILENCE_SECONDS / 2
     assert on_all(groups, lambda group: group.gather("x", 1)) == [[1, 1]] * 2
     leave(groups)
 
