@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 
 from aquila_jax.config import ModelConfig
-from aquila_jax.errors import UserError
+from aquila_jax.errors import UserError, check_number
 from aquila_jax.growth.certificate import Certificate, certificate_of, with_dtype
 from aquila_jax.growth.compose import Plan, apply_plan, check_plan, check_source
 from aquila_jax.growth.depth import DEPTH_MAPS
@@ -191,8 +191,7 @@ class ScaleUp:
             _check_name("depth method", self.depth, DEPTH_MAPS)
         _check_name("split", self.split, SPLITS)
         _check_name("new_head", self.new_head, HEAD_FILLS)
-        if self.noise < 0:
-            raise UserError(f"noise must not be negative, but is {self.noise}")
+        check_number("noise", self.noise, least=0)
 
     @property
     def kind(self) -> str:
@@ -320,9 +319,9 @@ class ScaleOut(Upcycling):
     """
 
     def __post_init__(self) -> None:
-        for name, least in (("router_std", 0), ("noise", 0), ("granularity", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}, but is {getattr(self, name)}")
+        for name in ("router_std", "noise"):
+            check_number(name, getattr(self, name), least=0)
+        check_number("granularity", self.granularity, least=1, is_whole=True)
         if not 0 <= self.redraw <= 1:
             raise UserError(f"redraw is a share of units, from 0 to 1, not {self.redraw}")
         if not 0 < self.noise_fraction <= 1:

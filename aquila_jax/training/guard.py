@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from aquila_jax.errors import UserError
+from aquila_jax.errors import check_number
 
 # A verdict, as a step's metrics hold it.
 ACCEPTED, NOT_FINITE, SPIKE = 0, 1, 2
@@ -59,9 +59,9 @@ class Guard:
     stop_after: int = 20
 
     def __post_init__(self) -> None:
-        for name, least in (("spike_deviations", 0), ("spike_after", 1), ("stop_after", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"Guard.{name} is {getattr(self, name)}: it is at least {least}")
+        check_number("Guard.spike_deviations", self.spike_deviations, least=0)
+        for name in ("spike_after", "stop_after"):
+            check_number(f"Guard.{name}", getattr(self, name), least=1, is_whole=True)
 
     def judge(
         self, state: GuardState, loss: jax.Array, gradient_norm: jax.Array

@@ -100,6 +100,7 @@ def test_unknown_methods_are_refused_with_the_known_ones(tiny, random_params):
     assert "even, uneven" in refusal(scale_up, params, tiny, tiny, split="odd")
     assert "mean, zero" in refusal(scale_up, params, tiny, tiny, new_head="one")
     assert "-0.5" in refusal(scale_up, params, tiny, tiny, noise=-0.5)
+    assert "nan" in refusal(scale_up, params, tiny, tiny, noise=float("nan"))
 
 
 def test_tied_embeddings_have_no_head_to_fill_with_zeros(tiny, random_params):

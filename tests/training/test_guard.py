@@ -97,7 +97,15 @@ def test_a_steady_loss_may_wobble():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"spike_deviations": -1}, {"stop_after": 0}, {"spike_after": 0}]
+    "changes",
+    [
+        {"spike_deviations": -1},
+        {"spike_deviations": float("nan")},
+        {"stop_after": 0},
+        {"stop_after": 2.5},
+        {"spike_after": 0},
+    ],
+    ids=str,
 )
 def test_impossible_guards_are_refused(changes):
     with pytest.raises(UserError, match=next(iter(changes))):
