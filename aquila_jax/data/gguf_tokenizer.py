@@ -41,8 +41,8 @@ _CUTS: Mapping[str, list[Mapping[str, Any]]] = types.MappingProxyType(
 _COMPOSED = ("qwen2",)
 
 
-def read_metadata(file: Path) -> dict[str, Any]:
-    """What a GGUF file says of its tokenizer, by name, with the chat template.
+def read_gguf(file: Path, *prefixes: str) -> tuple[Any, dict[str, Any]]:
+    """A GGUF file, opened: its `gguf.GGUFReader`, and what it says under names that begin so.
 
     Raises:
         UserError: `gguf` is not installed, or the file is damaged.
@@ -54,11 +54,24 @@ def read_metadata(file: Path) -> dict[str, Any]:
             "reading GGUF files needs the gguf package: pip install 'aquila-jax[gguf]'"
         ) from error
     try:
-        fields = gguf.GGUFReader(file).fields
-        names = [name for name in fields if name.startswith((_PREFIX, _TEMPLATE))]
-        return {name: fields[name].contents() for name in names}
+        reader = gguf.GGUFReader(file)
+        fields = {
+            name: field.contents()
+            for name, field in reader.fields.items()
+            if name.startswith(prefixes)
+        }
     except (OSError, ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is no whole GGUF file ({error}); fetch it again") from error
+    return reader, fields
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """What a GGUF file says of its tokenizer, by name, with the chat template.
+
+    Raises:
+        UserError: as `read_gguf`.
+    """
+    return read_gguf(file, _PREFIX, _TEMPLATE)[1]
 
 
 def read_chat_settings(file: Path) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """Models from one place to another without a change: tensor by tensor where the source allows."""
 
-import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from aquila_jax import axes
+from aquila_jax import accounting, axes
 from aquila_jax.config import ModelConfig
 from aquila_jax.data.gguf_tokenizer import as_files
 from aquila_jax.errors import UserError
@@ -20,6 +18,7 @@ from aquila_jax.interop.gguf_file import find_gguf, load_gguf
 from aquila_jax.interop.growing import Source
 from aquila_jax.interop.huggingface import load_hf
 from aquila_jax.interop.idle_expert import WithIdleExpert, as_family
+from aquila_jax.interop.threads import each
 from aquila_jax.interop.writer import MAX_SHARD_BYTES, Writer
 
 # Tensors under way at once.
@@ -166,21 +165,14 @@ def _copy_tensors(
         return array.size * dtype.itemsize
 
     total, done = num_bytes(opened.config, dtype), 0
-    with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as workers:
-        futures = [workers.submit(write, item) for item in items]
-        try:
-            for future in futures:
-                done += future.result()
-                progress(done, total)
-        except BaseException:
-            workers.shutdown(cancel_futures=True)
-            raise
+    for written in each(write, ((item,) for item in items), _WORKERS):
+        done += written
+        progress(done, total)
 
 
 def num_bytes(config: ModelConfig, dtype: np.dtype) -> int:
     """The bytes of all parameters in one dtype."""
-    shapes = (parameter.shape(config) for parameter in axes.parameters(config).values())
-    return sum(int(np.prod(shape)) for shape in shapes) * dtype.itemsize
+    return accounting.num_parameters(config) * dtype.itemsize
 
 
 def _exact_dtype(source: Source) -> np.dtype:

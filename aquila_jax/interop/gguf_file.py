@@ -1,7 +1,6 @@
 """Llama models from GGUF files, the format of llama.cpp, dequantized."""
 
 import importlib
-import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from jax.typing import DTypeLike
 
 from aquila_jax import axes
 from aquila_jax.config import ModelConfig
+from aquila_jax.data.gguf_tokenizer import read_gguf
 from aquila_jax.errors import UserError
 from aquila_jax.interop import arrays, layout
 
@@ -53,17 +53,9 @@ def load_gguf(
             architecture, or the model cannot be expressed.
     """
     file = find_gguf(Path(path))
-    gguf = _import_gguf()
-    try:
-        reader = gguf.GGUFReader(file)
-        # Not the tokenizer, whose many strings take a second to decode.
-        metadata = {
-            name: field.contents()
-            for name, field in reader.fields.items()
-            if name.startswith(("general.", "llama."))
-        }
-    except (OSError, ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is no whole GGUF file ({error}); fetch it again") from error
+    # Not the tokenizer, whose many strings take a second to decode.
+    reader, metadata = read_gguf(file, "general.", "llama.")
+    gguf: Any = importlib.import_module("gguf")
     stored = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(file, metadata, stored)
     _check_tensors(file, stored, config)
@@ -103,15 +95,6 @@ def find_gguf(path: Path) -> Path:
         names = ", ".join(file.name for file in found) or "none"
         raise UserError(f"{path} must hold one .gguf file, not {names}; name the file itself")
     return found[0]
-
-
-def _import_gguf() -> types.ModuleType:
-    try:
-        return importlib.import_module("gguf")
-    except ImportError as error:
-        raise UserError(
-            "reading GGUF files needs the gguf package: pip install 'aquila-jax[gguf]'"
-        ) from error
 
 
 def _config(file: Path, metadata: Mapping[str, Any], stored: Mapping[str, Any]) -> ModelConfig:

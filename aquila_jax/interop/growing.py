@@ -1,9 +1,7 @@
 """Growth from disk to disk, one tensor at a time."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +18,7 @@ from aquila_jax.growth.rules import Mapped
 from aquila_jax.interop import arrays
 from aquila_jax.interop.directory import Directory
 from aquila_jax.interop.layout import Slice, slices
+from aquila_jax.interop.threads import each
 from aquila_jax.interop.writer import MAX_SHARD_BYTES, Writer
 
 CERTIFICATE_FILE = "certificate.json"
@@ -133,13 +132,7 @@ def _write_all(
             written += array.size * (1 if equal is None else len(equal))
         return written
 
-    with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as workers:
-        futures = [workers.submit(write, *item) for item in items]
-        try:
-            yield from (future.result() for future in futures)
-        except BaseException:
-            workers.shutdown(cancel_futures=True)
-            raise
+    return each(write, items, _WORKERS)
 
 
 def _work(

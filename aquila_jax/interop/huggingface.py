@@ -13,7 +13,6 @@ Example:
     (96, True)
 """
 
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +28,7 @@ from aquila_jax.errors import UserError
 from aquila_jax.interop import arrays, layout
 from aquila_jax.interop.directory import Directory
 from aquila_jax.interop.idle_expert import as_family, idle_leaves
+from aquila_jax.interop.threads import each
 from aquila_jax.interop.writer import MAX_SHARD_BYTES, Writer
 
 # Each worker of a save holds one tensor, so there are few.
@@ -178,15 +178,10 @@ def save_hf(
         array = np.asarray(flat[item.path][item.index])
         writer.write(item.path, array, layer=item.layer, experts=item.expert)
 
-    num_workers = min(_SAVING_WORKERS, os.cpu_count() or 1)
-    with writer, ThreadPoolExecutor(num_workers) as workers:
-        futures = [workers.submit(write, item) for item in layout.slices(config).values()]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            workers.shutdown(cancel_futures=True)
-            raise
+    items = ((item,) for item in layout.slices(config).values())
+    with writer:
+        for _ in each(write, items, _SAVING_WORKERS):
+            pass
 
 
 def _on_host(leaf: Any) -> Any:
