@@ -41,12 +41,12 @@ class MeshShape:
     """How many devices lie along each mesh axis; -1, in at most one place, takes what is left.
 
     Attributes:
-        slices: slices of a multi-slice system, or any groups of devices between which the network
-            is slow. By the default rules each holds a whole copy of the model.
         data: whole copies of the model.
         fsdp: shards of parameters and optimizer state.
         expert: shards of the experts, and of all else beside those of `fsdp`.
         model: shards of heads, MLP units and vocabulary.
+        slices: slices of a multi-slice system, or any groups of devices between which the network
+            is slow. By the default rules each holds a whole copy of the model.
     """
 
     data: int = -1
@@ -161,6 +161,10 @@ class Layout:
             UserError: a rule names an unknown axis.
         """
         return cls(mesh, {**DEFAULT_RULES, **changes})
+
+    def unless_single(self) -> "Layout | None":
+        """Itself; None on one device, where constraints only hide what the compiler could fuse."""
+        return self if self.mesh.size > 1 else None
 
     def spec(self, logical: Sequence[str | None], name: str = "an array") -> PartitionSpec:
         """The partition of an array whose dimensions have these logical axes.

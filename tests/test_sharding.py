@@ -81,6 +81,12 @@ def test_a_mesh_can_be_built_from_some_devices():
     assert set(mesh.devices.flat) == set(jax.devices()[:4])
 
 
+def test_one_device_has_nothing_to_constrain():
+    spread = layout(fsdp=2)
+    assert spread.unless_single() is spread
+    assert Layout(MeshShape().build(jax.devices()[:1])).unless_single() is None
+
+
 def test_slices_are_the_slowest_axis_and_split_the_batch_alone(even):
     placed = layout(slices=2, fsdp=4)
     assert dict(placed.mesh.shape)["slice"] == 2

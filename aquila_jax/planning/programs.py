@@ -16,7 +16,9 @@ from aquila_jax.growth import apply_plan
 from aquila_jax.nn import Transformer
 from aquila_jax.nn.cache import extend, prefill, unroll
 from aquila_jax.sharding import Layout
+from aquila_jax.training.parent import shardings_of
 from aquila_jax.training.run import (
+    ANY_STEPS,
     TrainRun,
     abstract_batch,
     abstract_params,
@@ -24,9 +26,6 @@ from aquila_jax.training.run import (
     model_on_mesh,
     placed,
 )
-
-# The length of a schedule changes a constant of the program, and no size.
-_ANY_STEPS = 10**6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +66,7 @@ def train_program(run: TrainRun, devices: Sequence[Any] | None = None) -> Progra
     Raises:
         UserError: mesh, sharding or batch do not fit the devices or the model.
     """
-    compiled = build(run, run.steps or _ANY_STEPS, devices)
+    compiled = build(run, run.steps or ANY_STEPS, devices)
     batch = abstract_batch(run, compiled.layout)
     return Program(
         "train",
@@ -97,9 +96,8 @@ def growth_program(run: TrainRun, devices: Sequence[Any] | None = None) -> Progr
     _, layout = model_on_mesh(run, devices)
     plan, _ = run.growth.plan(run.init_from_model, run.model)
     source = abstract_params(run.init_from_model, layout)
-    shown = layout if layout.mesh.size > 1 else None
     grow = jax.jit(
-        functools.partial(apply_plan, plan, target=run.model, layout=shown),
+        functools.partial(apply_plan, plan, target=run.model, layout=layout.unless_single()),
         out_shardings=layout.params(run.model),
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -117,8 +115,7 @@ def decode_program(run: TrainRun, devices: Sequence[Any] | None = None) -> Progr
     """
     _, layout = model_on_mesh(run, devices)
     config, dtype = run.model, jnp.dtype(run.dtype)
-    shown = layout if layout.mesh.size > 1 else None
-    model = Transformer(config, dtype=dtype, layout=shown, unrolled=True)
+    model = Transformer(config, dtype=dtype, layout=layout.unless_single(), unrolled=True)
     shapes = axes.abstract_params(config, dtype)
     params = _unrolled(placed(shapes, layout.params(config)), run, layout)
     rows, slots = run.data.batch_size, run.data.sequence_length
@@ -133,8 +130,9 @@ def decode_program(run: TrainRun, devices: Sequence[Any] | None = None) -> Progr
         logits_BTV, cache = extend(model, params, tokens_B1, cache)
         return jnp.argmax(logits_BTV, axis=-1), cache
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, cache)
-    step = jax.jit(next_tokens, donate_argnums=2, out_shardings=(layout.batch(), shardings))
+    step = jax.jit(
+        next_tokens, donate_argnums=2, out_shardings=(layout.batch(), shardings_of(cache))
+    )
     # Forward is a third of forward and backward, and a token sees the whole cache, not half.
     per_token = accounting.training_flops_per_token(config, 2 * slots) / 3
     return Program(

@@ -11,7 +11,7 @@ from aquila_jax.planning.memory import shard_bytes
 from aquila_jax.planning.plan import Plan, make_plan
 from aquila_jax.planning.topology import devices_of
 from aquila_jax.sharding import MeshShape, mesh_shapes
-from aquila_jax.training.run import TrainRun, build
+from aquila_jax.training.run import ANY_STEPS, TrainRun, build
 
 # From the one that stores least to the one that stores all.
 _REMATS = tuple(REMAT_POLICIES)[::-1]
@@ -103,7 +103,7 @@ def _candidates(
         for shape in shapes:
             try:
                 tried = _with(run, shape, batch_size, run.remat, run.micro_batches)
-                compiled = build(tried, run.steps or 10**6, devices)
+                compiled = build(tried, run.steps or ANY_STEPS, devices)
             except UserError:
                 continue  # does not divide
             sizes_of_mesh = tuple(compiled.layout.mesh.shape.values())

@@ -117,14 +117,15 @@ def _spread(params: Any, abstract: Any) -> Any:
         whole = np.asarray(leaf)
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
-    return jax.tree.map(put, params, _shardings(abstract))
+    return jax.tree.map(put, params, shardings_of(abstract))
 
 
 def _load_directory(path: Path, abstract: Any) -> Any:
-    return load_hf(path, dtype="float32", shardings=_shardings(abstract))[0]
+    return load_hf(path, dtype="float32", shardings=shardings_of(abstract))[0]
 
 
-def _shardings(abstract: Any) -> Any:
+def shardings_of(abstract: Any) -> Any:
+    """The sharding of every leaf of a tree of abstract arrays."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 

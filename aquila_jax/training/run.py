@@ -38,6 +38,10 @@ from aquila_jax.training.step import (
     state_shardings,
 )
 
+# Where a run does not say its steps yet: the length of a schedule is a constant of the program, and
+# changes no shape.
+ANY_STEPS = 10**6
+
 # Activations in float16 would need a scaled loss.
 _DTYPES = ("bfloat16", "float32")
 _NOT_NEGATIVE = ("keep_every", "keep_best", "check_replicas_every")
@@ -395,13 +399,11 @@ def model_on_mesh(
             f"batch_size {run.data.batch_size} does not divide over the {layout.batch_shards} "
             f"devices of the mesh's batch axes, {run.micro_batches} micro_batches on each"
         )
-    # Constraints on one device say nothing, and hide what the compiler could fuse.
-    shown = layout if layout.mesh.size > 1 else None
     model = Transformer(
         run.model,
         dtype=jnp.dtype(run.dtype),
         remat=run.remat,
-        layout=shown,
+        layout=layout.unless_single(),
         dispatch=run.dispatch,
     )
     return model, layout
@@ -478,7 +480,7 @@ def check(run: TrainRun) -> list[str]:
         steps = run.resolve_steps()
     elif not steps:
         notes.append(f"match_flops_of {run.match_flops_of} does not exist yet: steps are unknown")
-        steps = 1_000_000
+        steps = ANY_STEPS
     compiled = build(run, steps)
     jax.eval_shape(compiled.train_step, compiled.abstract, abstract_batch(run, compiled.layout))
     return notes

@@ -21,8 +21,15 @@ from aquila_jax.training import settings
 from aquila_jax.training.batches import Data
 from aquila_jax.training.checkpoints import Checkpoints
 from aquila_jax.training.ledger import Ledger, Stage
-from aquila_jax.training.parent import Parent, open_parent, refuse_moments, restore_assigned
+from aquila_jax.training.parent import (
+    Parent,
+    open_parent,
+    refuse_moments,
+    restore_assigned,
+    shardings_of,
+)
 from aquila_jax.training.run import (
+    ANY_STEPS,
     Compiled,
     TrainRun,
     abstract_params,
@@ -62,7 +69,7 @@ def begin(run: TrainRun, compiled: Compiled, checkpoints: Checkpoints, steps: in
         return _from_parent(run, compiled, steps)
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     init = functools.partial(_initial_params, compiled, tokens)
-    params = jax.jit(init, out_shardings=_shardings(compiled.abstract.params))(
+    params = jax.jit(init, out_shardings=shardings_of(compiled.abstract.params))(
         jax.random.key(run.seed)
     )
     stage = Stage(run.name, "scratch", "", run.model, steps)
@@ -147,9 +154,9 @@ def _from_parent(run: TrainRun, compiled: Compiled, steps: int) -> Start:
     origin, method = "restored", ""
     if run.growth is not None:
         plan, certificate = run.growth.plan(source, run.model)
-        layout = compiled.layout if compiled.layout.mesh.size > 1 else None
+        layout = compiled.layout.unless_single()
         grow = functools.partial(apply_plan, plan, target=run.model, layout=layout)
-        grown = jax.jit(grow, out_shardings=_shardings(compiled.abstract.params))(
+        grown = jax.jit(grow, out_shardings=shardings_of(compiled.abstract.params))(
             params, key=jax.random.key(run.seed)
         )
         before, after = (params, source), GrowthResult(grown, run.model, certificate)
@@ -178,8 +185,8 @@ def _with_moments(
     """The parent's parameters and Adam's state, read as this run's optimizer would hold them."""
     refuse_moments(parent, run.optimizer_state)
     assert parent.checkpoints is not None
-    # Of any length: a schedule's state is its count.
-    optimizer = run.optimizer.build(10**6, axes.parameters(parent.config))
+    # A schedule's state is its count, whatever its length.
+    optimizer = run.optimizer.build(ANY_STEPS, axes.parameters(parent.config))
     shapes = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), abstract)
     shardings = state_shardings(shapes, compiled.layout, parent.config)
     state = parent.checkpoints.restore_state(parent.step, placed(shapes, shardings))
@@ -191,7 +198,7 @@ def _grow_adam(
     run: TrainRun, compiled: Compiled, plan: Plan, certificate: Certificate, adam: Any
 ) -> optax.ScaleByAdamState:
     """Adam's state of the grown model, on its shardings."""
-    shardings = _shardings(compiled.abstract.params)
+    shardings = shardings_of(compiled.abstract.params)
     mu, nu = (
         jax.jit(
             functools.partial(
@@ -222,11 +229,7 @@ def _initial_params(compiled: Compiled, tokens: Any, key: jax.Array) -> Any:
 
 def _state(compiled: Compiled, params: Any) -> TrainState:
     create = functools.partial(new_state, optimizer=compiled.optimizer)
-    return jax.jit(create, out_shardings=_shardings(compiled.abstract))(params)
-
-
-def _shardings(abstract: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(create, out_shardings=shardings_of(compiled.abstract))(params)
 
 
 def _probe(data: Data) -> np.ndarray:
