@@ -1,6 +1,7 @@
 """What a training run is: its settings, and the checks that need no parameters."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,15 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "allow_changes": (tuple, list),
     "profile_steps": (tuple, list),
 }
+# Kept as text, which is what checkpoints compare and messages say.
+_PATHS = ("model_dir", "match_flops_of", "init_from", "compiled_step")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainRun:
     """One stage of training, whole: everything `train` needs to know.
+
+    A path may be given as text or as a path object.
 
     Attributes:
         model_dir: where everything the run writes goes.
@@ -158,14 +163,17 @@ class TrainRun:
     check_replicas_every: int = 0
 
     def __post_init__(self) -> None:
-        for name, kind in _KINDS.items():
-            if not isinstance(getattr(self, name), kind):
-                names = ("None" if one is type(None) else one.__name__ for one in kind)
-                wanted = " or ".join(names)
-                raise UserError(
-                    f"TrainRun.{name} must be {wanted}, not {getattr(self, name)!r}: in a gin "
-                    "file, a reference such as @NAME()"
-                )
+        for name in _PATHS:
+            if isinstance(path := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(path))
+        for name, kinds in _KINDS.items():
+            if not isinstance(given := getattr(self, name), kinds):
+                wanted = ("None" if kind is type(None) else kind.__name__ for kind in kinds)
+                # Texts and tuples are written in a gin file as they are in Python.
+                is_plain = kinds[0] in (str, tuple)
+                hint = "" if is_plain else ": in a gin file, a reference such as @NAME()"
+                words = f"{' or '.join(wanted)}, not {given!r}{hint}"
+                raise UserError(f"TrainRun.{name} must be {words}")
         if not self.model_dir:
             raise UserError("model_dir is empty: name a directory, as in --gin.MODEL_DIR=\"'...'\"")
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:

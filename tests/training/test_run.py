@@ -23,6 +23,8 @@ from .synthetic import MIXTURE, TINY, WIDER, Counting, tiny_run
         ({"model": 3}, r"TrainRun.model must be ModelConfig, not 3: in a gin file, a reference"),
         ({"growth": "fpi"}, r"TrainRun.growth must be ScaleUp or ScaleOut or None, not 'fpi'"),
         ({"mesh": 4}, r"TrainRun.mesh must be MeshShape, not 4"),
+        ({"init_from": 3}, r"TrainRun.init_from must be str, not 3$"),
+        ({"allow_changes": "seed"}, r"TrainRun.allow_changes must be tuple or list, not 'seed'$"),
         ({"data": None}, r"TrainRun.data must be TextData, TokenCache or the like, not None"),
         ({"eval_every": 2.5}, "eval_every must be a whole number, at least 1, not 2.5"),
         ({"optimizer_state": "drop"}, "no optimizer-state policy 'drop'; there are reset, map"),
@@ -53,6 +55,13 @@ def test_settings_that_do_not_fit_are_refused_at_once(tmp_path, changes, message
 def test_an_empty_model_dir_is_refused():
     with pytest.raises(UserError, match="model_dir is empty"):
         dataclasses.replace(tiny_run(Path("x")), model_dir="")
+
+
+def test_path_objects_are_kept_as_text(tmp_path):
+    run = tiny_run(tmp_path, init_from=tmp_path / "parent", compiled_step=Path("step"))
+    assert run == tiny_run(tmp_path, init_from=str(tmp_path / "parent"), compiled_step="step")
+    moved = dataclasses.replace(run, model_dir=tmp_path / "moved")
+    assert (moved.model_dir, moved.path) == (str(tmp_path / "moved"), tmp_path / "moved")
 
 
 def test_check_reads_the_parent_where_it_exists(tmp_path):
