@@ -43,11 +43,6 @@ class Take:
     scale: np.ndarray | None = None
     gradient: np.ndarray | None = None
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether nothing moves or changes (for an index onto as many units as it has)."""
-        return self.scale is None and np.array_equal(self.index, np.arange(len(self.index)))
-
     def apply(self, leaf: Any, xp: Any) -> Any:
         """The taken units; factors are applied in float32 at least."""
         leaf = take(leaf, self.index, self.dim, xp)
@@ -135,8 +130,8 @@ class Experts:
 
     def are_copies(self, size: int) -> bool:
         """Whether every expert holds all of `size` units in order."""
-        every = np.arange(size)
-        return self.redrawn is None and all(np.array_equal(mine, every) for mine in self.units)
+        holds_all = self.units.shape[1] == size and all(map(_is_in_order, self.units))
+        return self.redrawn is None and holds_all
 
     def apply(self, leaf: Any, xp: Any, spread: Spread) -> Any:
         """`[layers, ...] -> [layers, E, ...]`."""
@@ -226,11 +221,8 @@ class Mapped:
         parts = {
             "transposed": self.transpose,
             "new tokens": self.extend is not None,
-            "layers taken": self.layers is not None
-            and not np.array_equal(self.layers, np.arange(len(self.layers))),
-            "units copied": any(
-                not np.array_equal(t.index, np.arange(len(t.index))) for t in self.takes
-            ),
+            "layers taken": self.layers is not None and not _is_in_order(self.layers),
+            "units copied": not all(_is_in_order(take.index) for take in self.takes),
             "scaled": any(take.scale is not None for take in self.takes),
             "new units from the layer above": self.upper is not None,
             "inserted layers zero": self.silent is not None,
@@ -386,6 +378,11 @@ class Fresh:
         return jnp.repeat((np.float32(self.std) * drawn).astype(dtype), self.repeat, axis=-1)
 
 
+def _is_in_order(index: np.ndarray) -> bool:
+    """Whether units are taken as they come, from the first on."""
+    return np.array_equal(index, np.arange(len(index)))
+
+
 def _locally(apply: Callable[[Any], Any], leaf: Any, dim: int, spread: Spread) -> Any:
     """`apply`, which takes units along `dim`, where every device has all of them."""
     return spread(spread(apply(spread(leaf, dim)), dim), None)
@@ -393,9 +390,7 @@ def _locally(apply: Callable[[Any], Any], leaf: Any, dim: int, spread: Spread) -
 
 def take(leaf: Any, index: np.ndarray | None, dim: int, xp: Any) -> Any:
     """Units `index [taken]` of `leaf` along `dim`; itself where that is all of them in order."""
-    if index is None or (
-        len(index) == leaf.shape[dim] and np.array_equal(index, np.arange(len(index)))
-    ):
+    if index is None or (len(index) == leaf.shape[dim] and _is_in_order(index)):
         return leaf
     if not isinstance(leaf, np.ndarray):
         return xp.take(leaf, index, axis=dim)
