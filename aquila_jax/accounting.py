@@ -3,7 +3,7 @@
 import math
 
 from aquila_jax import axes
-from aquila_jax.axes import EXPERTS, VOCAB
+from aquila_jax.axes import EXPERTS
 from aquila_jax.config import ModelConfig
 
 
@@ -40,7 +40,7 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
     matrices = sum(
         _active(config, parameter)
         for parameter in axes.parameters(config).values()
-        if parameter.reads and VOCAB not in parameter.reads
+        if axes.is_matrix(parameter)
     )
     if config.tie_embeddings:
         matrices += config.vocab_size * config.embed_dim

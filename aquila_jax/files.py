@@ -54,7 +54,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of `value` as indented JSON."""
+    """`write_bytes` of `value` as indented JSON."""
     write_bytes(path, json_bytes(value))
 
 
@@ -135,7 +135,7 @@ class NewDirectory:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         is_locked = self._take_lock()
-        left_by = _read_holder(self._lock)
+        left_by = read_holder(self._lock)
         # Before anything is written: the disk may be full of it.
         for dead in sorted(self.path.parent.iterdir()):
             if dead.name.startswith(f"{self._prefix}-") and is_locked:
@@ -175,7 +175,7 @@ class NewDirectory:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                holder = _read_holder(descriptor)
+                holder = read_holder(descriptor)
                 os.close(descriptor)
                 raise UserError(
                     f"{self.path} is being written by process {holder.get('pid', '?')}: wait for "
@@ -205,7 +205,7 @@ class NewDirectory:
             raise UserError(f"{self.path} exists; remove it, or write to another directory")
 
 
-def _read_holder(descriptor: int) -> dict[str, Any]:
+def read_holder(descriptor: int) -> dict[str, Any]:
     """What a lock file says; nothing where a crash cut it short."""
     try:
         content = json.loads(os.pread(descriptor, 4096, 0))

@@ -195,7 +195,7 @@ def check_output(path: Path) -> None:
 
 
 def num_parameters(config: "ModelConfig") -> str:
-    """As people read it."""
+    """How many there are, as people read it: "134,515,008 parameters"."""
     from aquila_jax import accounting
 
     return f"{accounting.num_parameters(config):,} parameters"

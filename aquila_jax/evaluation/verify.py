@@ -5,6 +5,7 @@ ids for a text and logits for ids. One is in memory at a time; its logits are ke
 """
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -185,7 +186,9 @@ def compare(first: Reading, second: Reading) -> Verification:
         _row_sums(*both) for both in zip(_rows(first), _rows(second), _targets(first), strict=True)
     ]
     totals: dict[str, float] = {
-        name: functools.reduce(max if name.startswith("max") else _add, (row[name] for row in rows))
+        name: functools.reduce(
+            max if name.startswith("max") else operator.add, (row[name] for row in rows)
+        )
         for name in rows[0]
     }
     count = len(first.ids)
@@ -201,10 +204,6 @@ def compare(first: Reading, second: Reading) -> Verification:
         max_kl=totals["max_kl"],
         losses=(losses[0], losses[1]),
     )
-
-
-def _add(first: float, second: float) -> float:
-    return first + second
 
 
 def _rows(reading: Reading) -> list[np.ndarray]:

@@ -98,7 +98,7 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     Raises:
         UserError: it names no chip of `CHIPS`, or not as many dimensions as the chip has.
     """
-    known = ", ".join(f"{chip.example}" for chip in CHIPS.values())
+    known = ", ".join(chip.example for chip in CHIPS.values())
     match = _FORM.fullmatch(text)
     if match is None or match[1] not in CHIPS:
         raise UserError(

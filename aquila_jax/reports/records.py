@@ -27,7 +27,7 @@ class Stage:
 
     Attributes:
         name: What the user called the stage.
-        origin: `scratch`, `scale_up` or `scale_out`.
+        origin: `scratch`, `restored`, `scale_up` or `scale_out`.
         method: The growth method; empty for a stage that did not begin by a growth.
         model: The architecture's fields.
         parameters: Number of parameters; `active_parameters` are those one token passes through.

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from aquila_jax.errors import UserError
+from aquila_jax.files import read_holder
 
 LOCK_FILE = "run.lock"
 _BEAT_SECONDS = 10.0
@@ -39,7 +40,7 @@ def lock(model_dir: Path) -> Iterator[None]:
     path = model_dir / LOCK_FILE
     descriptor = _open_locked(path)
     try:
-        previous = _read(descriptor)
+        previous = read_holder(descriptor)
         if previous.get("host", socket.gethostname()) != socket.gethostname():
             _watch(path, descriptor, previous)
         if previous:
@@ -87,7 +88,7 @@ def _open_locked(path: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = _name(_read(descriptor))
+            holder = _name(read_holder(descriptor))
             os.close(descriptor)
             raise UserError(
                 f"{path.parent} is in use by {holder}: wait for it to end or stop it, or choose "
@@ -115,7 +116,7 @@ def _watch(path: Path, descriptor: int, seen: dict[str, Any]) -> None:
     end = time.monotonic() + _SILENCE_SECONDS
     while time.monotonic() < end:
         time.sleep(min(_BEAT_SECONDS / 2, _SILENCE_SECONDS / 10))
-        if _read(descriptor).get("beat") != seen.get("beat"):
+        if read_holder(descriptor).get("beat") != seen.get("beat"):
             raise UserError(
                 f"{path.parent} is in use by {_name(seen)}: wait for it to end or stop it, or "
                 "choose another MODEL_DIR"
@@ -128,15 +129,6 @@ def _write(descriptor: int) -> None:
     content = json.dumps({**holder, "beat": uuid.uuid4().hex}).encode()
     os.pwrite(descriptor, content, 0)
     os.ftruncate(descriptor, len(content))
-
-
-def _read(descriptor: int) -> dict[str, Any]:
-    """What the lock file says; nothing where a crash cut it short."""
-    try:
-        content = json.loads(os.pread(descriptor, 4096, 0))
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _name(holder: dict[str, Any]) -> str:

@@ -78,14 +78,14 @@ def test_a_silent_lock_of_another_host_is_taken_over(tmp_path, monkeypatch, caps
 def test_a_beating_lock_of_another_host_is_respected(tmp_path, monkeypatch):
     monkeypatch.setattr(locking, "_SILENCE_SECONDS", 2.0)
     _of_another_host(tmp_path, "1")
-    real = locking._read
+    real = locking.read_holder
 
     def read_after_a_beat(descriptor):
         found = real(descriptor)
         _of_another_host(tmp_path, "2")
         return found
 
-    monkeypatch.setattr(locking, "_read", read_after_a_beat)
+    monkeypatch.setattr(locking, "read_holder", read_after_a_beat)
     with pytest.raises(UserError, match="in use by process 1 on elsewhere"), lock(tmp_path):
         pass
     assert (tmp_path / LOCK_FILE).exists()
