@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from aquila_jax.axes import BATCH, EMBED, HEAD_DIM, KV_HEADS, Q_HEADS
 from aquila_jax.config import ModelConfig
 from aquila_jax.kernels.attention import MIXED, attend, causal_mask
-from aquila_jax.nn.layers import declare, rms_norm, rotary
+from aquila_jax.nn.layers import declare, project, rms_norm, rotary
 from aquila_jax.sharding import Layout
 
 # The Linen collection in which attention leaves the keys and values of this call's tokens, and the
@@ -108,7 +108,7 @@ class Attention(nn.Module):
         out_NHD = declare(self, self.config, "layers/attention/out").astype(self.dtype)
         if self.layout is not None:
             out_NHD = self.layout.join_width(out_NHD, (Q_HEADS, HEAD_DIM, EMBED))
-        return jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, out_NHD)
+        return project(mixed_BTNH, out_NHD, self.layout)
 
     def _normalise(self, heads_BTNH: jax.Array, name: str) -> jax.Array:
         """Every head's vector by itself; all heads share one gain."""
@@ -121,7 +121,7 @@ class Attention(nn.Module):
         kernel_DNH = declare(self, self.config, path).astype(self.dtype)
         if self.layout is not None:
             kernel_DNH = self.layout.join_width(kernel_DNH, (EMBED, heads, HEAD_DIM))
-        projected_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, kernel_DNH)
+        projected_BTNH = project(x_BTD, kernel_DNH, self.layout)
         if self.config.qkv_bias:
             projected_BTNH += declare(self, self.config, f"{path}_bias").astype(self.dtype)
         if self.layout is not None:

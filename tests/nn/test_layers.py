@@ -5,7 +5,8 @@ import pytest
 
 from aquila_jax import RopeScaling
 from aquila_jax.kernels.attention import causal_mask
-from aquila_jax.nn.layers import rms_norm, rotary, rotary_frequencies
+from aquila_jax.nn.layers import project, rms_norm, rotary, rotary_frequencies
+from aquila_jax.sharding import Layout, MeshShape
 
 from .reference import frequency, rotate
 
@@ -101,3 +102,30 @@ def test_the_mask_shows_earlier_tokens_of_the_same_document():
 def test_annotated_shapes_are_checked_in_these_tests():
     with pytest.raises(Exception, match="Type-check error"):
         causal_mask(jnp.zeros((2, 3, 4), jnp.int32))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"model": 2}], ids=["one device", "mesh"])
+@pytest.mark.parametrize(
+    ("x", "kernel", "letters"),
+    [
+        ((2, 3, 8), (8, 5), "BTD,DF->BTF"),
+        ((2, 3, 8), (8, 2, 4), "BTD,DNH->BTNH"),
+        ((2, 3, 2, 4), (2, 4, 5), "BTNH,NHD->BTD"),
+    ],
+)
+def test_a_projection_is_its_sum_of_products_wherever_it_is_computed(x, kernel, letters, sizes):
+    layout = Layout(MeshShape(**sizes).build(jax.devices()[:2])) if sizes else None
+    rng = np.random.default_rng(3)
+    operands = rng.normal(size=x), rng.normal(size=kernel)
+    with jax.enable_x64(True):
+        value, pull = jax.vjp(lambda *a: project(*a, layout), *map(jnp.asarray, operands))
+        gradients = pull(jnp.ones_like(value))
+    expected = np.einsum(letters, *operands)
+    np.testing.assert_allclose(value, expected, rtol=0, atol=1e-12)
+    left, right, out = letters.replace("->", ",").split(",")
+    # The gradient of the sum of all results.
+    ones = np.ones(expected.shape)
+    by_x = np.einsum(f"{out},{right}->{left}", ones, operands[1])
+    by_kernel = np.einsum(f"{left},{out}->{right}", operands[0], ones)
+    np.testing.assert_allclose(gradients[0], by_x, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(gradients[1], by_kernel, rtol=0, atol=1e-12)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from aquila_jax.axes import BATCH, EXPERT_MLP
 from aquila_jax.kernels import grouped_matmul
-from aquila_jax.nn.layers import gated_units
+from aquila_jax.nn.layers import gated_units, project
 from aquila_jax.sharding import Layout
 
 # An array of hidden units that a device may hold at once, in bytes.
@@ -175,10 +175,10 @@ def on_all_tokens(
     @jax.checkpoint
     def add_expert(sum_BTD: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         gate_DF, up_DF, down_FD, gate_BT = expert
-        hidden_BTF = gated_units(x_BTD, gate_DF, up_DF) * gate_BT[..., None]
+        hidden_BTF = gated_units(x_BTD, gate_DF, up_DF, layout) * gate_BT[..., None]
         if layout is not None:
             hidden_BTF = layout.constrain(hidden_BTF, BATCH, None, EXPERT_MLP)
-        return sum_BTD + jnp.einsum("BTF,FD->BTD", hidden_BTF, down_FD), None
+        return sum_BTD + project(hidden_BTF, down_FD, layout), None
 
     gates_EBT = jnp.moveaxis(gates_BTE.astype(x_BTD.dtype), -1, 0)
     out_BTD, _ = jax.lax.scan(add_expert, jnp.zeros_like(x_BTD), (*weights, gates_EBT))
