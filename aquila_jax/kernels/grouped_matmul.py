@@ -22,8 +22,8 @@ from aquila_jax.kernels.megablox import weigh as megablox_weigh
 GroupedBackend = Literal["auto", "ragged", "tiles", "megablox", "interpret"]
 """How to compute; `interpret` carries megablox's kernels out on a CPU, to test them."""
 
-# Rows of a tile on a CPU: enough for its matrix units, few enough to waste little of small groups.
-_SMALLEST_TILE, _LARGEST_TILE = 16, 128
+# Rows of tiles on a CPU.
+_TILES = (512, 256, 128, 64, 32, 16)
 
 _MEGABLOX_DTYPES = (jnp.bfloat16, jnp.float32)
 
@@ -141,10 +141,42 @@ def _ragged_weigh(rows_MD: jax.Array, gradient_MF: jax.Array, sizes_E: jax.Array
     return out_EDF.astype(rows_MD.dtype)
 
 
-def _tile(num_rows: int, num_groups: int) -> int:
-    """Rows of a tile: about a quarter of an average group, a power of two."""
-    quarter = max(num_rows // (4 * num_groups), 1)
-    return min(max(1 << (quarter.bit_length() - 1), _SMALLEST_TILE), _LARGEST_TILE)
+def _tiles(num_rows: int) -> list[int]:
+    """Rows of tiles, largest first.
+
+    XLA lays a matrix out anew for every product, so that few large tiles are fast, and small ones
+    only spare rows: a tile is taken once more where three quarters of it are needed.
+    """
+    return [tile for tile in _TILES if tile <= max(num_rows, _TILES[-1])]
+
+
+def _over_tiles(
+    num_rows: int,
+    group: tuple[jax.Array, jax.Array],
+    add: Callable[[int, jax.Array, jax.Array], jax.Array],
+    out: jax.Array,
+) -> jax.Array:
+    """`out` after `add(tile, start, out)` for every tile of a group of `(first, size)` rows.
+
+    The last one may reach behind the group, by less than what `_padded` adds.
+    """
+    start, left = group
+    for tile in _tiles(num_rows):
+        unneeded = tile - 1 if tile == _TILES[-1] else tile // 4
+        count = (left + unneeded) // tile
+        begin = start
+
+        def step(number: jax.Array, out: jax.Array, tile: int = tile, begin: Any = begin) -> Any:
+            return add(tile, begin + number * tile, out)
+
+        out = lax.fori_loop(0, count, step, out)
+        start, left = start + count * tile, jnp.maximum(left - count * tile, 0)
+    return out
+
+
+def _padded(rows: jax.Array) -> jax.Array:
+    """With room for what the last tile reads too much."""
+    return jnp.pad(rows, ((0, max(_tiles(rows.shape[0])[0] // 4, _TILES[-1])), (0, 0)))
 
 
 def _tiles_multiply(
@@ -154,47 +186,45 @@ def _tiles_multiply(
 
     The last tile of a group reaches into the next group's rows, which that group then writes.
     """
-    tile = _tile(rows_MD.shape[0], weights_EDF.shape[0])
-    padded = jnp.pad(rows_MD, ((0, tile), (0, 0)))
+    num_rows = rows_MD.shape[0]
+    padded = _padded(rows_MD)
     dims = (((1,), (1 if transpose else 0,)), ((), ()))
 
     def add_group(out: jax.Array, group: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        weights, first, size = group
+        weights, *place = group
 
-        def add_tile(number: jax.Array, out: jax.Array) -> jax.Array:
-            start = first + number * tile
+        def add_tile(tile: int, start: jax.Array, out: jax.Array) -> jax.Array:
             rows = lax.dynamic_slice_in_dim(padded, start, tile)
             product = lax.dot_general(rows, weights, dims, preferred_element_type=_wide(rows.dtype))
             return lax.dynamic_update_slice_in_dim(out, product.astype(out.dtype), start, axis=0)
 
-        return lax.fori_loop(0, -(-size // tile), add_tile, out), None
+        return _over_tiles(num_rows, tuple(place), add_tile, out), None
 
     width = weights_EDF.shape[1 if transpose else 2]
     out = jnp.zeros((padded.shape[0], width), rows_MD.dtype)
     out, _ = lax.scan(add_group, out, (weights_EDF, jnp.cumsum(sizes_E) - sizes_E, sizes_E))
-    return out[: rows_MD.shape[0]]
+    return out[:num_rows]
 
 
 def _tiles_weigh(rows_MD: jax.Array, gradient_MF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Every group's sum over rows of row times gradient, tile after tile."""
-    tile = _tile(rows_MD.shape[0], sizes_E.shape[0])
-    rows, gradients = (jnp.pad(x, ((0, tile), (0, 0))) for x in (rows_MD, gradient_MF))
+    num_rows = rows_MD.shape[0]
+    rows, gradients = _padded(rows_MD), _padded(gradient_MF)
     wide = _wide(rows_MD.dtype)
+    contracted = (((0,), (0,)), ((), ()))
 
     def of_group(_: None, group: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         first, size = group
 
-        def add_tile(number: jax.Array, sum_DF: jax.Array) -> jax.Array:
-            start = first + number * tile
-            is_mine = (number * tile + jnp.arange(tile) < size)[:, None]
+        def add_tile(tile: int, start: jax.Array, sum_DF: jax.Array) -> jax.Array:
+            is_mine = (start + jnp.arange(tile) < first + size)[:, None]
             # Both: a product of 0 with another group's NaN would be NaN.
             row = jnp.where(is_mine, lax.dynamic_slice_in_dim(rows, start, tile), 0)
             gradient = jnp.where(is_mine, lax.dynamic_slice_in_dim(gradients, start, tile), 0)
-            contracted = (((0,), (0,)), ((), ()))
             return sum_DF + lax.dot_general(row, gradient, contracted, preferred_element_type=wide)
 
         zeros_DF = jnp.zeros((rows.shape[1], gradients.shape[1]), wide)
-        sum_DF = lax.fori_loop(0, -(-size // tile), add_tile, zeros_DF)
+        sum_DF = _over_tiles(num_rows, group, add_tile, zeros_DF)
         return None, sum_DF.astype(rows_MD.dtype)
 
     return lax.scan(of_group, None, (jnp.cumsum(sizes_E) - sizes_E, sizes_E))[1]

@@ -38,7 +38,12 @@ class Shape(NamedTuple):
     tokens: int
 
 
-SHAPES = (Shape(512, 1792, 8, 2, 1024),)
+# Mixtral's proportions, small and larger, and many small experts.
+SHAPES = (
+    Shape(512, 1792, 8, 2, 1024),
+    Shape(1024, 3584, 8, 2, 512),
+    Shape(512, 512, 32, 4, 1024),
+)
 
 
 def draw(shape: Shape) -> dict[str, np.ndarray]:
@@ -170,7 +175,7 @@ def rows(shape: Shape, seconds: dict[str, list[float]]) -> list[str]:
         spread = f"{statistics.median(speeds):.0f} ({min(speeds):.0f} to {max(speeds):.0f})"
         ratios = [a / b for a, b in zip(seconds[fastest], taken, strict=True)]
         whose = "transformers, " + name if name in THEIRS else "ours, " + name
-        dims = " | ".join(map(str, shape[:-1]))
+        dims = " | ".join(map(str, shape))
         lines.append(
             f"| {dims} | {whose} | {spread} "
             f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
@@ -188,19 +193,17 @@ def main(result: str, python: str, rounds: int) -> None:
     lines = [
         "# A mixture layer on a CPU, forward and backward, against transformers' Mixtral block",
         "",
-        f"`benchmarks/moe/cpu_layer.py --rounds {rounds}`: {SHAPES[0].tokens} tokens, float32, "
-        f"{THREADS} threads, {os.cpu_count()} cores that others",
-        f"used at the same time. jax {jax.__version__}, torch {torch}, "
-        f"transformers {transformers}.",
+        f"`benchmarks/moe/cpu_layer.py --rounds {rounds}`: float32, {THREADS} threads, "
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start.",
+        f"jax {jax.__version__}, torch {torch}, transformers {transformers}.",
         "Tokens a second: median (least to most); ratio to the faster of transformers' two in the",
         "same round. Root mean squares of the output and of the gradients by tokens and by the",
         "router agree to 1e-4, `capacity` aside, which drops what is above 1.25 times the average.",
-        f"Load of the machine at the start: {os.getloadavg()[0]:.1f}. Threads that wait for each "
-        "other, as torch's do,",
-        "may lose more by it than XLA's: the ratio is this machine's.",
+        "Threads that wait for each other, as torch's do, lose more than XLA's where others",
+        "compute at the same time: the ratio is this machine's.",
         "",
-        "| D | F | E | k | | tokens/s | ratio |",
-        "|---|---|---|---|---|---|---|",
+        "| D | F | E | k | tokens | | tokens/s | ratio |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for shape in SHAPES:
         lines += rows(shape, compare(shape, python, rounds))
