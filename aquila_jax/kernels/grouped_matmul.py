@@ -23,7 +23,7 @@ GroupedBackend = Literal["auto", "ragged", "tiles", "megablox", "interpret"]
 """How to compute; `interpret` carries megablox's kernels out on a CPU, to test them."""
 
 # Rows of tiles on a CPU.
-_TILES = (512, 256, 128, 64, 32, 16)
+_TILES = (512, 128, 32)
 
 _MEGABLOX_DTYPES = (jnp.bfloat16, jnp.float32)
 
@@ -191,14 +191,14 @@ def _tiles_multiply(
     dims = (((1,), (1 if transpose else 0,)), ((), ()))
 
     def add_group(out: jax.Array, group: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        weights, *place = group
+        weights, first, size = group
 
         def add_tile(tile: int, start: jax.Array, out: jax.Array) -> jax.Array:
             rows = lax.dynamic_slice_in_dim(padded, start, tile)
             product = lax.dot_general(rows, weights, dims, preferred_element_type=_wide(rows.dtype))
             return lax.dynamic_update_slice_in_dim(out, product.astype(out.dtype), start, axis=0)
 
-        return _over_tiles(num_rows, tuple(place), add_tile, out), None
+        return _over_tiles(num_rows, (first, size), add_tile, out), None
 
     width = weights_EDF.shape[1 if transpose else 2]
     out = jnp.zeros((padded.shape[0], width), rows_MD.dtype)

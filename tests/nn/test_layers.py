@@ -118,7 +118,9 @@ def test_a_projection_is_its_sum_of_products_wherever_it_is_computed(x, kernel, 
     rng = np.random.default_rng(3)
     operands = rng.normal(size=x), rng.normal(size=kernel)
     with jax.enable_x64(True):
-        value, pull = jax.vjp(lambda *a: project(*a, layout), *map(jnp.asarray, operands))
+        value, pull = jax.vjp(
+            lambda x, kernel: project(x, kernel, layout), *map(jnp.asarray, operands)
+        )
         gradients = pull(jnp.ones_like(value))
     expected = np.einsum(letters, *operands)
     np.testing.assert_allclose(value, expected, rtol=0, atol=1e-12)
