@@ -114,7 +114,7 @@ class _Reader:
                 )
             elif opcode == "conditional":
                 yield from self._widest_branch(instruction, trips)
-            elif opcode in ("call", "async-start"):
+            elif opcode in ("call", "call-start", "async-start"):
                 for name in (*instruction.called("to_apply"), *instruction.called("calls")):
                     yield from self.walk(self.module.computations[name], trips)
             elif opcode == "fusion":

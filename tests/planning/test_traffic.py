@@ -134,3 +134,36 @@ def test_sums_over_slices_cross_between_them():
     sent = [c.sent(TWO_SLICES) for c in traffic_of(parse(str(compiled.as_text())), 8).collectives]
     assert sum(dcn for _, dcn in sent) == 4096 * 4
     assert sum(ici for ici, _ in sent) == 2 * 3 / 4 * 4096 * 4
+
+
+# What XLA for tpu7x writes of a collective that it gives to a SparseCore.
+ON_ANOTHER_CORE = """\
+HloModule program, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%given (p: f32[8,4], t: token[]) -> f32[8,4] {
+  %t = token[] parameter(1)
+  %p = f32[8,4]{1,0} parameter(0)
+  ROOT %reduced = f32[8,4]{1,0} all-reduce(%p), channel_id=1, \
+replica_groups=mesh['a'=2,'b'=2] {'b'}, use_global_device_ids=true, to_apply=%add
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %ready = token[] custom-call(), custom_call_target="PrepareAsyncCallDone"
+  %begun = ((f32[8,4]{1,0}, token[]), f32[8,4]{1,0}) call-start(%x, %ready), \
+async_execution_thread="sparsecore", to_apply=%given
+  ROOT %done = f32[8,4]{1,0} call-done(%begun)
+}
+"""
+
+
+def test_what_another_core_of_the_chip_sends_counts_once():
+    (found,) = traffic_of(parse(ON_ANOTHER_CORE), 4).collectives
+    assert (found.kind, found.size, found.trips) == ("all-reduce", 8 * 4 * 4, 1)
+    assert found.axes([("a", 2), ("b", 2)]) == ("b",)
