@@ -78,10 +78,20 @@ def _leave(group: Group) -> None:
     jax.distributed.shutdown()
 
 
+def may_be_anothers(error: BaseException) -> bool:
+    """Whether a computation failed as one does where another process is lost; that is to be said.
+
+    Collectives on CPUs say it by a ValueError where they are dispatched (jax 0.10).
+    """
+    words = str(error)
+    is_computed = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in words
+    return is_computed and "RESOURCE_EXHAUSTED" not in words
+
+
 def _leave_at_once(group: Group, error: BaseException) -> None:
     """Say why and end; JAX's own way out would wait for the others."""
-    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-        # A computation fails where another process is lost: that, and not this, is to be said.
+    if may_be_anothers(error):
+        # Whoever hears of the lost process meanwhile says so and ends this one.
         time.sleep(SILENCE_SECONDS)
     if isinstance(error, UserError):
         code, words = error.exit_code, str(error)
