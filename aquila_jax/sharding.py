@@ -383,3 +383,8 @@ class Layout:
 
     def _num_devices(self, mesh_axes: Sequence[str]) -> int:
         return math.prod(self.mesh.shape[axis] for axis in mesh_axes)
+
+
+def shardings_of(abstract: Any) -> Any:
+    """The sharding of every leaf of a tree of abstract arrays."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)

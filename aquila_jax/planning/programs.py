@@ -15,8 +15,7 @@ from aquila_jax.errors import UserError
 from aquila_jax.growth import apply_plan
 from aquila_jax.nn import Transformer
 from aquila_jax.nn.cache import extend, prefill, unroll
-from aquila_jax.sharding import Layout
-from aquila_jax.training.parent import shardings_of
+from aquila_jax.sharding import Layout, shardings_of
 from aquila_jax.training.run import (
     ANY_STEPS,
     TrainRun,

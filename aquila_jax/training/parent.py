@@ -19,7 +19,7 @@ from aquila_jax.interop import Directory, load_gguf, load_hf
 from aquila_jax.interop.converting import is_gguf
 from aquila_jax.interop.families import CONFIG_FILE
 from aquila_jax.nn import Transformer
-from aquila_jax.sharding import Layout
+from aquila_jax.sharding import Layout, shardings_of
 from aquila_jax.training.assignment import Assignment
 from aquila_jax.training.checkpoints import CHECKPOINT_DIR, Checkpoints, open_existing
 from aquila_jax.training.ledger import Ledger
@@ -122,11 +122,6 @@ def _spread(params: Any, abstract: Any) -> Any:
 
 def _load_directory(path: Path, abstract: Any) -> Any:
     return load_hf(path, dtype="float32", shardings=shardings_of(abstract))[0]
-
-
-def shardings_of(abstract: Any) -> Any:
-    """The sharding of every leaf of a tree of abstract arrays."""
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
 def restore_assigned(

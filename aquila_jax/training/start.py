@@ -17,6 +17,7 @@ from aquila_jax.files import write_json
 from aquila_jax.growth import Certificate, GrowthResult, apply_plan
 from aquila_jax.growth.compose import Plan
 from aquila_jax.growth.optimizer_state import grow_moments
+from aquila_jax.sharding import shardings_of
 from aquila_jax.training import settings
 from aquila_jax.training.batches import Data
 from aquila_jax.training.checkpoints import Checkpoints
@@ -26,7 +27,6 @@ from aquila_jax.training.parent import (
     open_parent,
     refuse_moments,
     restore_assigned,
-    shardings_of,
 )
 from aquila_jax.training.run import (
     ANY_STEPS,
