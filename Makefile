@@ -29,10 +29,13 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 
 SETUP_FAILED = { echo "error: could not install from $(1): see the message above; a first set-up needs the network (a package index)" >&2; exit 1; }
 
+# Every package with its hashes, for all machines, and no word of the index that gave them.
+RESOLVE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade
+
 # The paper's three stages and the control, oldest first.
 STAGES := 1_dense 2_scale_up 3_scale_out control
 
-.PHONY: help demo test test-newest test-parity bench-growth soak docs notebooks lint check format lock audit clean
+.PHONY: help ready demo test test-newest test-parity bench-growth soak docs notebooks lint check format lock audit clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -74,6 +77,8 @@ demo: $(VENV)/installed $(TEXT_DIR)/installed ## grow a small model through all 
 	done
 	@$(BIN)/aquila report $(STAGES:%=$(RUNS)/%) --out $(RUNS)
 
+ready: $(VENV)/installed $(TEXT_DIR)/installed $(MODELS_DIR)/installed $(TASKS_DIR)/installed $(PARITY)/installed $(NOTEBOOKS)/installed ## install all that the checks need (`make -j2 ready` is faster)
+
 test: $(VENV)/installed $(TEXT_DIR)/installed $(MODELS_DIR)/installed $(TASKS_DIR)/installed ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
@@ -81,7 +86,7 @@ test-newest: ## run the tests with Python 3.12 and the newest JAX, in an environ
 	@$(MAKE) test VENV=.venv-newest PYTHON=$(PYTHON_NEWEST)
 
 test-parity: $(PARITY)/installed ## compare with transformers, in an environment of its own
-	$(PARITY)/bin/python -m pytest tests/parity
+	$(PARITY)/bin/python -m pytest -n 2 --dist loadfile tests/parity
 
 bench-growth: $(VENV)/installed $(TEXT_DIR)/installed ## compare the growth methods (about an hour)
 	$(BIN)/python benchmarks/growth_methods.py
@@ -130,15 +135,15 @@ format: $(VENV)/installed ## format and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 lock: $(VENV)/installed ## resolve the dependencies anew
-	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade requirements/bootstrap.in -o requirements/bootstrap.lock
-	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --no-deps requirements/text.in -o requirements/text.lock
-	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --no-deps requirements/models.in -o requirements/models.lock
-	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --no-deps requirements/tasks.in -o requirements/tasks.lock
-	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade requirements/docs.in -o requirements/docs.lock
-	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade requirements/shell.in -o requirements/shell.lock
-	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade requirements/audit.in -o requirements/audit.lock
-	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --override requirements/overrides.txt --extra data --extra gguf --extra tpu --extra dev pyproject.toml -o requirements.lock
-	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade -c requirements.lock requirements/notebooks.in -o requirements/notebooks.lock
+	$(RESOLVE) requirements/bootstrap.in -o requirements/bootstrap.lock
+	$(RESOLVE) --no-deps requirements/text.in -o requirements/text.lock
+	$(RESOLVE) --no-deps requirements/models.in -o requirements/models.lock
+	$(RESOLVE) --no-deps requirements/tasks.in -o requirements/tasks.lock
+	$(RESOLVE) requirements/docs.in -o requirements/docs.lock
+	$(RESOLVE) requirements/shell.in -o requirements/shell.lock
+	$(RESOLVE) requirements/audit.in -o requirements/audit.lock
+	$(RESOLVE) --override requirements/overrides.txt --extra data --extra gguf --extra tpu --extra dev pyproject.toml -o requirements.lock
+	$(RESOLVE) -c requirements.lock requirements/notebooks.in -o requirements/notebooks.lock
 
 clean: ## remove the environments, the text, the model, the tasks and the demonstration's runs
 	rm -rf $(VENV) .venv-newest $(DOCS) $(SHELLCHECK) $(AUDIT) $(NOTEBOOKS) site $(PARITY) $(TEXT_DIR) $(MODELS_DIR) $(TASKS_DIR) $(RUNS)

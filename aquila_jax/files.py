@@ -8,7 +8,7 @@ import shutil
 import socket
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,25 +169,15 @@ class NewDirectory:
 
     def _take_lock(self) -> bool:
         """Hold the lock file; whether the file system knows of locks."""
-        while True:
-            descriptor = os.open(self._lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            is_locked = True
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                holder = read_holder(descriptor)
-                os.close(descriptor)
-                raise UserError(
-                    f"{self.path} is being written by process {holder.get('pid', '?')}: wait for "
-                    "it to end or stop it, or write to another directory"
-                ) from error
-            except OSError:
-                is_locked = False
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(self._lock_file), os.fstat(descriptor)):
-                    self._lock = descriptor
-                    return is_locked
-            os.close(descriptor)
+
+        def refusal(holder: dict[str, Any]) -> str:
+            return (
+                f"{self.path} is being written by process {holder.get('pid', '?')}: wait for it "
+                "to end or stop it, or write to another directory"
+            )
+
+        self._lock, is_locked = open_locked(self._lock_file, refusal)
+        return is_locked
 
     def _clean(self, dead: Path, left_by: dict[str, Any]) -> None:
         host, pid = left_by.get("host", socket.gethostname()), left_by.get("pid", "?")
@@ -203,6 +193,38 @@ class NewDirectory:
     def _refuse_existing(self) -> None:
         if os.path.lexists(self.path):
             raise UserError(f"{self.path} exists; remove it, or write to another directory")
+
+
+def open_locked(path: Path, refusal: Callable[[dict[str, Any]], str]) -> tuple[int, bool]:
+    """Open a lock file, made where it is missing, and lock it.
+
+    Args:
+        path: the file; whoever unlinks it still holds it, so that a name is never locked twice.
+        refusal: the error's line, of what the holder wrote.
+
+    Returns:
+        The descriptor, which whoever takes it closes; and whether the file system knows of locks.
+
+    Raises:
+        UserError: another process holds it.
+        OSError: it cannot be opened.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        is_locked = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = read_holder(descriptor)
+            os.close(descriptor)
+            raise UserError(refusal(holder)) from error
+        except OSError:
+            is_locked = False
+        # Another may have unlinked the file between the two calls.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor, is_locked
+        os.close(descriptor)
 
 
 def read_holder(descriptor: int) -> dict[str, Any]:

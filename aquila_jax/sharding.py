@@ -218,6 +218,12 @@ class Layout:
                 )
         return PartitionSpec(*(part or None for part in parts.values()))
 
+    def layer_sharding(self, path: str, config: ModelConfig) -> NamedSharding:
+        """How one layer of a parameter lies: as its stack does, without the axis of layers."""
+        spec = self.parameter_spec(path, config)
+        is_stacked = axes.parameters(config)[path].axes[0] in axes.LAYER_AXES
+        return NamedSharding(self.mesh, PartitionSpec(*spec[1:]) if is_stacked else spec)
+
     def shard_map(
         self, body: Callable[..., Any], inputs: Sequence[Any], outputs: Any
     ) -> Callable[..., Any]:

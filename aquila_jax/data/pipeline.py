@@ -78,7 +78,8 @@ class TextData:
     shuffle_buffer: int = 2048
 
     def __post_init__(self):
-        for name, least in {"sequence_length": 2, "batch_size": 1, "shuffle_buffer": 1}.items():
+        least_of = {"vocab_size": 2, "sequence_length": 2, "batch_size": 1, "shuffle_buffer": 1}
+        for name, least in least_of.items():
             check_number(name, getattr(self, name), least=least, is_whole=True)
         rates = self.rates
         unknown = sorted(set(rates) - set(self.known))

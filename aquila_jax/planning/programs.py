@@ -147,14 +147,14 @@ def decode_program(run: TrainRun, devices: Sequence[Any] | None = None) -> Progr
 def _unrolled(params: Any, run: TrainRun, layout: Layout) -> Any:
     """Abstract parameters by layer, sharded as their stacks are."""
     shapes = jax.eval_shape(functools.partial(unroll, config=run.model), params)
-    specs = {}
-    for path, parameter in axes.parameters(run.model).items():
-        spec = layout.parameter_spec(path, run.model)
-        if parameter.axes[0] in axes.LAYER_AXES:
-            path, spec = _by_layer(path), jax.sharding.PartitionSpec(*spec[1:])
-        specs[path] = jax.sharding.NamedSharding(layout.mesh, spec)
-    flat = axes.flatten(shapes)
-    shardings = {path: specs[_by_layer(path) if path not in specs else path] for path in flat}
+    by_name = {
+        _by_layer(path) if parameter.axes[0] in axes.LAYER_AXES else path: path
+        for path, parameter in axes.parameters(run.model).items()
+    }
+    shardings = {
+        path: layout.layer_sharding(by_name.get(path) or by_name[_by_layer(path)], run.model)
+        for path in axes.flatten(shapes)
+    }
     return placed(shapes, axes.unflatten(shardings))
 
 

@@ -7,7 +7,7 @@ lock over once it has seen no beat for a minute.
 """
 
 import contextlib
-import fcntl
+import functools
 import json
 import os
 import socket
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from aquila_jax.errors import UserError
-from aquila_jax.files import read_holder
+from aquila_jax.files import open_locked, read_holder
 
 LOCK_FILE = "run.lock"
 _BEAT_SECONDS = 10.0
@@ -38,7 +38,8 @@ def lock(model_dir: Path) -> Iterator[None]:
         OSError: the lock file cannot be written.
     """
     path = model_dir / LOCK_FILE
-    descriptor = _open_locked(path)
+    # Where the file system does not know of locks, the holder's beats are watched.
+    descriptor, _ = open_locked(path, functools.partial(_refusal, model_dir))
     try:
         previous = read_holder(descriptor)
         if previous.get("host", socket.gethostname()) != socket.gethostname():
@@ -81,25 +82,11 @@ def _beating(descriptor: int) -> Iterator[None]:
         thread.join()
 
 
-def _open_locked(path: Path) -> int:
-    """A descriptor of the file at `path`, locked."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = _name(read_holder(descriptor))
-            os.close(descriptor)
-            raise UserError(
-                f"{path.parent} is in use by {holder}: wait for it to end or stop it, or choose "
-                "another MODEL_DIR"
-            ) from error
-        except OSError:
-            pass  # a file system without such locks: its beats are watched
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
-                return descriptor
-        os.close(descriptor)
+def _refusal(model_dir: Path, holder: dict[str, Any]) -> str:
+    return (
+        f"{model_dir} is in use by {_name(holder)}: wait for it to end or stop it, or choose "
+        "another MODEL_DIR"
+    )
 
 
 def _watch(path: Path, descriptor: int, seen: dict[str, Any]) -> None:
@@ -117,10 +104,7 @@ def _watch(path: Path, descriptor: int, seen: dict[str, Any]) -> None:
     while time.monotonic() < end:
         time.sleep(min(_BEAT_SECONDS / 2, _SILENCE_SECONDS / 10))
         if read_holder(descriptor).get("beat") != seen.get("beat"):
-            raise UserError(
-                f"{path.parent} is in use by {_name(seen)}: wait for it to end or stop it, or "
-                "choose another MODEL_DIR"
-            )
+            raise UserError(_refusal(path.parent, seen))
 
 
 def _write(descriptor: int) -> None:

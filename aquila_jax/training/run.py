@@ -490,5 +490,9 @@ def check(run: TrainRun) -> list[str]:
         notes.append(f"match_flops_of {run.match_flops_of} does not exist yet: steps are unknown")
         steps = ANY_STEPS
     compiled = build(run, steps)
+    if run.compiled_step and not Path(run.compiled_step).exists():
+        notes.append(f"compiled_step {run.compiled_step} does not exist yet: it was not read")
+    else:
+        with_saved_step(run, compiled)
     jax.eval_shape(compiled.train_step, compiled.abstract, abstract_batch(run, compiled.layout))
     return notes

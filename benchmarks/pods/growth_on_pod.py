@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import jax
+from planned import UNREAD
 
 from aquila_jax import axes
 from aquila_jax.cli.gin_files import configured_run
@@ -27,7 +28,6 @@ RUNS = (
     ("16B -> 8x16B", "gin_configs/runs/scale_out.gin"),
 )
 MESH = ("MeshShape.fsdp=16", "MeshShape.expert=8", "BATCH_SIZE=256")
-UNREAD = {"MODEL_DIR": "planned", "INIT_FROM": "parent"}
 _ARRAY = re.compile(r"\b(?:f32|bf16|s32|u32|s8|pred)\[([\d,]+)\]")
 
 

@@ -18,6 +18,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "pod_configs.json"
 PAGE = RESULTS.with_suffix(".md")
 # Which has `summary`.
 GUIDE = ROOT / "docs" / "pods.md"
+# The stage that most scripts beside this one compile.
+RUN = "gin_configs/runs/scale_out.gin"
 # What the files require of a person and a plan does not read.
 UNREAD = {"MODEL_DIR": "planned", "INIT_FROM": "parent"}
 

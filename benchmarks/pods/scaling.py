@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from planned import RUN, UNREAD
 from processes import kept
 
 from aquila_jax.cli.gin_files import configured_run
@@ -38,8 +39,6 @@ STEPS = (
     *((40, shape) for shape in ("2x2x2", "2x4x4", "4x4x8", "8x8x8", "8x16x16")),
     *((2, shape) for shape in ("2x2x2", "4x4x8")),
 )
-RUN = "gin_configs/runs/scale_out.gin"
-UNREAD = {"MODEL_DIR": "planned", "INIT_FROM": "parent"}
 EXPERT = 8
 ROWS = 2
 

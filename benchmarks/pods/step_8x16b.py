@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from planned import RUN, UNREAD
 from processes import kept
 
 from aquila_jax.cli.gin_files import configured_run
@@ -33,9 +34,7 @@ from aquila_jax.planning.traffic import traffic_of
 
 HERE = Path(__file__).parent
 CHIPS = 128
-RUN = "gin_configs/runs/scale_out.gin"
 BINDINGS = ("MeshShape.fsdp=16", "MeshShape.expert=8", "REMAT='full'", "DTYPE='bfloat16'")
-UNREAD = {"MODEL_DIR": "planned", "INIT_FROM": "parent"}
 
 
 def main() -> None:

@@ -209,6 +209,7 @@ def test_a_missing_tokenizer_is_told_at_the_call(text_data: TextData, tmp_path: 
     [
         ({"sequence_length": 1}, "sequence_length must be a whole number, at least 2, not 1"),
         ({"batch_size": 0}, "batch_size must be a whole number, at least 1, not 0"),
+        ({"vocab_size": 0}, "vocab_size must be a whole number, at least 2, not 0"),
         ({"shuffle_buffer": 0}, "shuffle_buffer must be .* at least 1, not 0"),
         ({"mixture_rates": {"sotu": 1.0}}, "names sotu: the sources are sotu_en, china_law_zh"),
         ({"mixture_rates": {"sotu_en": -1.0, "china_law_zh": 2.0}}, "make none negative"),

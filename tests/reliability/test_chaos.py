@@ -42,7 +42,7 @@ def test_sigterm_saves_the_step_under_way_and_nothing_is_repeated(undisturbed):
     write_data(directory)
     rng = random.Random(1)
     stopped = 0
-    for wanted in (rng.randint(1, 20), rng.randint(21, 60), rng.randint(61, 100)):
+    for wanted in (rng.randint(1, 10), rng.randint(11, 25), rng.randint(26, STEPS - 5)):
         with working(directory, "dense") as worker:
             worker.until(lambda worker=worker, wanted=wanted: worker.rows() >= wanted)
             made = worker.rows()

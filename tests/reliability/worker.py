@@ -16,7 +16,7 @@ from aquila_jax.sharding import MeshShape
 from aquila_jax.training import AdamW, Cosine, Interrupted, TrainRun, train
 
 STAGES = ("dense", "scale_up", "scale_out")
-STEPS = 80
+STEPS = 40
 CHECKPOINT_EVERY = 3
 LENGTH = 16
 
@@ -69,7 +69,7 @@ def stage_run(directory: Path, stage: str, steps: int = STEPS) -> TrainRun:
         growth=growth,
         mesh=MeshShape(data=1, fsdp=2),
         dtype="float32",
-        eval_every=20,
+        eval_every=10,
         eval_batches=1,
         checkpoint_every=CHECKPOINT_EVERY,
         log_every=1,

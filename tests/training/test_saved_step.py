@@ -7,7 +7,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from aquila_jax.errors import UserError
-from aquila_jax.training import train
+from aquila_jax.training import check, train
 from aquila_jax.training.run import abstract_batch, build, with_saved_step
 from aquila_jax.training.saved_step import compile_afresh, load_step, save_step
 
@@ -76,6 +76,15 @@ def test_another_program_is_refused_with_one_line(saved):
     other = dataclasses.replace(run, remat="full", compiled_step=str(path))
     with pytest.raises(UserError, match=r"holds another compiled step: program is \w+ there"):
         with_saved_step(other, build(other, other.steps))
+    with pytest.raises(UserError, match="holds another compiled step"):
+        check(other)
+
+
+def test_a_dry_run_says_that_the_step_is_not_there_yet(saved, tmp_path):
+    absent = dataclasses.replace(saved[0], compiled_step=str(tmp_path / "absent"))
+    assert check(absent) == [
+        f"compiled_step {tmp_path / 'absent'} does not exist yet: it was not read"
+    ]
 
 
 def test_other_devices_and_versions_are_told(saved, monkeypatch):
