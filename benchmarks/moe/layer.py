@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from hbm import SIZES, sizes_of
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -30,11 +31,10 @@ SEQUENCES, LENGTH = 4, 4096
 KEPT = ("products", "inputs")
 _ORDER = ("", "all", "products", "inputs")
 _THEIR_PRODUCTS = ("moe_x_sorted", "moe_mlpwi_0", "moe_mlpwi_1", "moe_mlpwo")
-SIZES = ("arguments", "outputs", "temporaries")
 
 
-def compiled(chip: str) -> Iterator[tuple[str, str, Any]]:
-    """(pass, what is kept, executable) of the layer on one chip."""
+def lowered(chip: str) -> Iterator[tuple[str, str, Any]]:
+    """(pass, what is kept, program) of the layer on one chip."""
     config = preset("aquila3_8x16b")
     layer = MixtureOfExperts(config, jnp.bfloat16)
     device = topologies.get_topology_desc(CHIPS[chip], platform="tpu").devices[0]
@@ -59,24 +59,21 @@ def compiled(chip: str) -> Iterator[tuple[str, str, Any]]:
         _, pull = jax.vjp(jax.checkpoint(call) if kept == "inputs" else call, parameters, x)
         return pull(gradient)
 
-    yield "forward", "", jax.jit(forward).lower(parameters, x, is_token).compile()
+    yield "forward", "", jax.jit(forward).lower(parameters, x, is_token)
     for kept in KEPT:
         program = jax.jit(functools.partial(both, kept))
-        yield "forward and backward", kept, program.lower(parameters, x, is_token, x).compile()
+        yield "forward and backward", kept, program.lower(parameters, x, is_token, x)
 
 
-def row(chip: str, name: str, kept: str, executable: Any) -> dict[str, Any]:
+def row(chip: str, name: str, kept: str, program: Any) -> dict[str, Any]:
     """Its memory, in bytes."""
-    memory = executable.memory_analysis()
     return {
         "library": "ours",
         "jax": jax.__version__,
         "chip": chip,
         "pass": name,
         "kept": kept,
-        "arguments": memory.argument_size_in_bytes,
-        "outputs": memory.output_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
+        **sizes_of(program),
     }
 
 
@@ -98,11 +95,12 @@ def table(ours: list[dict[str, Any]], peers: list[dict[str, Any]]) -> str:
     mine |= {(*key[:2], "all"): row for key, row in mine.items() if key[2] == "products"}
     theirs = {(row["chip"], row["pass"], row["kept"]): row for row in peers}
     for key in sorted(mine, key=lambda key: (key[1] != "forward", _ORDER.index(key[2]))):
-        sizes = " | ".join(f"{mine[key][n] / 1e9:.2f}" for n in SIZES)
+        sizes = " | ".join(_gigabytes(mine[key][name]) for name in SIZES)
         compared = "not measured | "
         if key in theirs:
-            less = 1 - mine[key]["temporaries"] / theirs[key]["temporaries"]
-            compared = f"{theirs[key]['temporaries'] / 1e9:.2f} | {less:.0%}"
+            ours, peers_own = mine[key]["temporaries"], theirs[key]["temporaries"]
+            less = f"{1 - ours / peers_own:.0%}" if ours and peers_own else ""
+            compared = f"{_gigabytes(peers_own)} | {less}"
         lines.append(f"| {' | '.join(key)} | {sizes} | {compared} |")
     lines += [
         "",
@@ -122,6 +120,10 @@ def table(ours: list[dict[str, Any]], peers: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _gigabytes(size: int | None) -> str:
+    return "does not fit" if size is None else f"{size / 1e9:.2f}"
+
+
 def main(result: str, peer_file: str, chips: list[str]) -> None:
     """Writes the table, and RESULT.jsonl after each chip; what that has is not measured again."""
     lines = Path(peer_file).read_text(encoding="utf-8").splitlines()
@@ -132,7 +134,7 @@ def main(result: str, peer_file: str, chips: list[str]) -> None:
     for chip in chips:
         if any(known["chip"] == chip for known in rows):
             continue
-        found = [row(chip, *program) for program in compiled(chip)]
+        found = [row(chip, *program) for program in lowered(chip)]
         rows += found
         kept_file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     Path(result).write_text(table(rows, peers), encoding="utf-8")

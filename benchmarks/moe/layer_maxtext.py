@@ -24,6 +24,7 @@ import maxtext
 import numpy as np
 from flax import nnx
 from flax.linen import logical_axis_rules
+from hbm import sizes_of
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from maxtext.configs import pyconfig
@@ -59,8 +60,8 @@ SETTINGS = {
 }
 
 
-def compiled(settings: Any, device: Any) -> Iterator[tuple[str, str, Any]]:
-    """(pass, what is kept, executable) of the layer on one chip."""
+def lowered(settings: Any, device: Any) -> Iterator[tuple[str, str, Any]]:
+    """(pass, what is kept, program) of the layer on one chip."""
     axes = settings.mesh_axes
     devices = np.asarray([device]).reshape((1,) * len(axes))
     mesh = Mesh(devices, axes, axis_types=(AxisType.Auto,) * len(axes))
@@ -98,10 +99,10 @@ def compiled(settings: Any, device: Any) -> Iterator[tuple[str, str, Any]]:
             _, pull = jax.vjp(layer, state, x)
             return pull(gradient)
 
-        yield "forward", "", jax.jit(forward).lower(state, x, rest).compile()
+        yield "forward", "", jax.jit(forward).lower(state, x, rest)
         for kept, policy in KEPT.items():
             program = jax.jit(functools.partial(both, policy))
-            yield "forward and backward", kept, program.lower(state, x, rest, x).compile()
+            yield "forward and backward", kept, program.lower(state, x, rest, x)
 
 
 def main(chips: list[str]) -> None:
@@ -111,18 +112,14 @@ def main(chips: list[str]) -> None:
     settings = pyconfig.initialize(["layer_maxtext", base, *overrides])
     for chip in chips:
         device = topologies.get_topology_desc(CHIPS[chip], platform="tpu").devices[0]
-        for name, kept, executable in compiled(settings, device):
-            memory = executable.memory_analysis()
+        for name, kept, program in lowered(settings, device):
             row = {
                 "library": f"MaxText {importlib.metadata.version('maxtext')}",
                 "jax": jax.__version__,
                 "chip": chip,
                 "pass": name,
                 "kept": kept,
-                "arguments": memory.argument_size_in_bytes,
-                "outputs": memory.output_size_in_bytes,
-                "temporaries": memory.temp_size_in_bytes,
-                "grouped_kernel": "tpu_custom_call" in executable.as_text(),
+                **sizes_of(program),
             }
             print(json.dumps(row), flush=True)
 

@@ -46,17 +46,33 @@ class Shards(NamedTuple):
         gate, up = (_leading(x_EDF, number, 2) for x_EDF in (self.gate_EDF, self.up_EDF))
         return Shards(gate, up, _leading(self.down_EFD, number, 1), self.embed_axes)
 
-    def whole(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Gathered: gate_EDF, up_EDF and, its columns first like them, down_EDF.
+    def whole(self) -> "Whole":
+        """Gathered, where they are split.
 
         Gradients are summed over devices in the dtype of the weights.
         """
-        down_EDF = self.down_EFD.swapaxes(1, 2)
-        arrays = (self.gate_EDF, self.up_EDF, down_EDF)
         if not self.embed_axes:
-            return arrays
-        gate_EDF, up_EDF, down_EDF = (_gather_rows(x_EDF, self.embed_axes) for x_EDF in arrays)
-        return gate_EDF, up_EDF, down_EDF
+            return Whole(self.gate_EDF, self.up_EDF, self.down_EFD, is_transposed=False)
+        arrays = (self.gate_EDF, self.up_EDF, self.down_EFD.swapaxes(1, 2))
+        gathered = (_gather_rows(x_EDF, self.embed_axes) for x_EDF in arrays)
+        return Whole(*gathered, is_transposed=True)
+
+
+class Whole(NamedTuple):
+    """Matrices that products read.
+
+    Attributes:
+        gate_EDF: as it is.
+        up_EDF: as it is.
+        down: EFD; or EDF where it was gathered by its columns, which came as rows. Either is read
+            as it lies: kernels would have the other written out first.
+        is_transposed: which of the two.
+    """
+
+    gate_EDF: jax.Array
+    up_EDF: jax.Array
+    down: jax.Array
+    is_transposed: bool
 
 
 def _gather_rows(x_EDF: jax.Array, mesh_axes: tuple[str, ...]) -> jax.Array:
@@ -121,17 +137,17 @@ def _parts(rows_MD: jax.Array, hidden_dim: int) -> int:
 def _through_hidden(
     rows_MD: jax.Array, weights: Shards, sizes_E: jax.Array, gates_M: jax.Array | None
 ) -> jax.Array:
-    gate_EDF, up_EDF, down_EDF = weights.whole()
+    gate_EDF, up_EDF, down, is_transposed = weights.whole()
 
     # Activated units are computed again for the backward pass: cheap, and as large as what is kept.
     @jax.checkpoint
-    def read_out(gate_MF: jax.Array, up_MF: jax.Array, down_EDF: jax.Array) -> jax.Array:
+    def read_out(gate_MF: jax.Array, up_MF: jax.Array, down: jax.Array) -> jax.Array:
         hidden_MF = _weighted(nn.silu(gate_MF) * up_MF, gates_M)
-        return grouped_matmul(hidden_MF, down_EDF, sizes_E, transpose=True)
+        return grouped_matmul(hidden_MF, down, sizes_E, transpose=is_transposed)
 
     gate_MF = grouped_matmul(rows_MD, gate_EDF, sizes_E)
     up_MF = grouped_matmul(rows_MD, up_EDF, sizes_E)
-    return read_out(gate_MF, up_MF, down_EDF)
+    return read_out(gate_MF, up_MF, down)
 
 
 def _weighted(hidden: jax.Array, gates: jax.Array | None) -> jax.Array:
@@ -145,19 +161,20 @@ def on_slots(
 
     Weighted by `gates_M` where they are given.
     """
-    gate_EDF, up_EDF, down_EDF = weights.whole()
+    gate_EDF, up_EDF, down, is_transposed = weights.whole()
     num_experts, embed_dim, _ = gate_EDF.shape
     rows_ECD = rows_MD.reshape(num_experts, -1, embed_dim)
     gates_EC = None if gates_M is None else gates_M.reshape(num_experts, -1)
 
     @jax.checkpoint
-    def read_out(gate_ECF: jax.Array, up_ECF: jax.Array, down_EDF: jax.Array) -> jax.Array:
+    def read_out(gate_ECF: jax.Array, up_ECF: jax.Array, down: jax.Array) -> jax.Array:
         hidden_ECF = _weighted(nn.silu(gate_ECF) * up_ECF, gates_EC)
-        return jnp.einsum("ECF,EDF->ECD", hidden_ECF, down_EDF)
+        matrices = "EDF" if is_transposed else "EFD"
+        return jnp.einsum(f"ECF,{matrices}->ECD", hidden_ECF, down)
 
     gate_ECF = jnp.einsum("ECD,EDF->ECF", rows_ECD, gate_EDF)
     up_ECF = jnp.einsum("ECD,EDF->ECF", rows_ECD, up_EDF)
-    return read_out(gate_ECF, up_ECF, down_EDF).reshape(rows_MD.shape)
+    return read_out(gate_ECF, up_ECF, down).reshape(rows_MD.shape)
 
 
 def on_all_tokens(
