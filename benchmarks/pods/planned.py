@@ -31,9 +31,7 @@ _PAPER = {
     "8x16b": ("8x16B", 25e9, 1024 * 240e12),
 }
 _TOPOLOGY = re.compile(r"aquila plan --gin_file=gin_configs/pods/(\S+) --topology=(\S+)")
-# What a header says of its numbers, where it has none yet.
-UNPLANNED = "# Not planned yet: "
-_BLOCK = re.compile(rf"^(?:# Planned, |{UNPLANNED}).*\n(?:#   .*\n)*", flags=re.MULTILINE)
+_BLOCK = re.compile(r"^# Planned, .*\n(?:#   .*\n)*", flags=re.MULTILINE)
 _GIB = 2**30
 _DAY = 86400
 
