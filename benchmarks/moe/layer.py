@@ -99,7 +99,8 @@ def table(ours: list[dict[str, Any]], peers: list[dict[str, Any]]) -> str:
         compared = "not measured | "
         if key in theirs:
             ours, peers_own = mine[key]["temporaries"], theirs[key]["temporaries"]
-            less = f"{1 - ours / peers_own:.0%}" if ours and peers_own else ""
+            # No "-0%".
+            less = f"{round(1 - ours / peers_own, 2) + 0.0:.0%}" if ours and peers_own else ""
             compared = f"{_gigabytes(peers_own)} | {less}"
         lines.append(f"| {' | '.join(key)} | {sizes} | {compared} |")
     lines += [
