@@ -1,5 +1,7 @@
 """Experts on rows, against NumPy in float64: weighted or not, in one part or in several."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 
 from aquila_jax.axes import EMBED, EXPERTS
 from aquila_jax.nn.moe.experts import Shards, on_slots, on_sorted_rows
+from aquila_jax.planning import parse_topology
+from aquila_jax.planning.topology import devices_of
 from aquila_jax.sharding import Layout, MeshShape
 
 M, E, D, F = 12, 3, 8, 16
@@ -95,6 +99,28 @@ def test_shards_of_a_mesh_are_gathered_and_gradients_shared_out(parts):
         return on_mesh(rows, gate, up, down, gates)
 
     check(compute, draw(), SIZES)
+
+
+def test_a_tpu_reads_whole_matrices_as_they_lie():
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
+    rows, embed, hidden = 512, 256, 384
+    device = jax.sharding.SingleDeviceSharding(devices_of(parse_topology("v5e:2x2"))[0])
+
+    def argument(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+
+    def compute(rows_MD, gate, up, down, sizes_E):
+        return on_sorted_rows(rows_MD, Shards(gate, up, down), sizes_E)
+
+    matrices = argument(E, embed, hidden), argument(E, embed, hidden), argument(E, hidden, embed)
+    sizes = argument(E, dtype=jnp.int32)
+    # Tests ask for exact products, which the TPU's unit does not make of bfloat16.
+    with jax.default_matmul_precision("default"):
+        lowered = jax.jit(compute).lower(argument(rows, embed), *matrices, sizes)
+    program = lowered.compile().as_text()
+    # Of any order of dimensions but their own, they would be copies.
+    stack = rf"= bf16\[{E},(?:{embed},{hidden}|{hidden},{embed})\]{{([\d,]+)"
+    assert set(re.findall(stack, program)) == {"2,1,0"}
 
 
 def test_hidden_units_are_cut_until_they_are_few_enough(monkeypatch):
