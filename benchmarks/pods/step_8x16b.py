@@ -59,7 +59,9 @@ def main() -> None:
             hlo = arguments.dir / f"peer_{batch}.hlo"
             command = [arguments.peer, str(HERE / "peer_step.py"), f"--batch={batch}"]
             found["MaxText"].append(measured([*command, f"--hlo={hlo}"], hlo))
-    write_text(arguments.out / "step_8x16b.md", report(found))
+    written = [path.stat().st_mtime for path in arguments.dir.glob("*.json")]
+    hours = (max(written) - min(written)) / 3600
+    write_text(arguments.out / "step_8x16b.md", report(found, hours))
 
 
 def compile_ours(batch: int, hlo: Path) -> None:
@@ -95,8 +97,8 @@ def measured(command: Sequence[str], hlo: Path) -> dict[str, Any]:
     return result
 
 
-def report(found: dict[str, list[dict[str, Any]]]) -> str:
-    """The page."""
+def report(found: dict[str, list[dict[str, Any]]], hours: float) -> str:
+    """The page, of what was measured over so many hours."""
     head = (
         "| | rows a chip | arguments, GB | temporaries, GB | sent, GB | compile, s | CPU s |\n"
         "|---|---|---|---|---|---|---|\n"
@@ -119,8 +121,11 @@ def report(found: dict[str, list[dict[str, Any]]]) -> str:
         f"{platform.python_version()}, jax {jax.__version__}; MaxText 0.2.5 by itself. "
         "Mesh fsdp 16 x expert 8, rows of 4096 tokens, full remat, bfloat16 compute, float32 "
         "parameters and moments. By `benchmarks/pods/step_8x16b.py`; bytes are what one chip sends "
-        "at least, loops times their trips (docs/planning.md says how they are counted).\n",
+        "at least, loops times their trips (docs/planning.md says how they are counted). Compiled "
+        f"over {hours:.0f} hours under changing loads: CPU seconds compare roughly, seconds do "
+        "not.\n",
         head + rows,
+        largest(found),
         ratios(found),
         "## What is sent, GB on a chip and step\n",
         "| | rows a chip | " + " | ".join(kinds) + " |\n|---|---|" + "---|" * len(kinds),
@@ -143,6 +148,16 @@ def row(name: str, result: dict[str, Any]) -> str:
         f"{result['temporaries'] / 1e9:.2f} | {sum(result['sent'].values()):.1f} | "
         f"{result['seconds']:.0f} | {result['cpu_seconds']:.0f} |\n"
     )
+
+
+def largest(found: dict[str, list[dict[str, Any]]]) -> str:
+    """The most rows, of those tried, that fit."""
+    most = (
+        f"{name} {max(result['batch'] for result in results if result['fits'])}"
+        for name, results in found.items()
+        if any(result["fits"] for result in results)
+    )
+    return f"Most rows on a chip, of those tried, that fit: {', '.join(most)}.\n"
 
 
 def ratios(found: dict[str, list[dict[str, Any]]]) -> str:
