@@ -3,6 +3,7 @@
 Memory that nobody wrote holds NaN.
 """
 
+import dataclasses
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,11 @@ from unittest import mock
 
 from jax.experimental.pallas import tpu as pltpu
 
-PARAMETERS = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+_SETTINGS: dict[str, Any] = {"detect_races": True, "uninitialized_memory": "nan"}
+# Newer JAX (0.12) would raise in the kernel, where nobody can say of which it was.
+if "on_race" in {field.name for field in dataclasses.fields(pltpu.InterpretParams)}:
+    _SETTINGS["on_race"] = "warn"
+PARAMETERS = pltpu.InterpretParams(**_SETTINGS)
 
 
 class Watch:

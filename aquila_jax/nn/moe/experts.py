@@ -169,8 +169,9 @@ def on_slots(
     @jax.checkpoint
     def read_out(gate_ECF: jax.Array, up_ECF: jax.Array, down: jax.Array) -> jax.Array:
         hidden_ECF = _weighted(nn.silu(gate_ECF) * up_ECF, gates_EC)
-        matrices = "EDF" if is_transposed else "EFD"
-        return jnp.einsum(f"ECF,{matrices}->ECD", hidden_ECF, down)
+        if is_transposed:
+            return jnp.einsum("ECF,EDF->ECD", hidden_ECF, down)
+        return jnp.einsum("ECF,EFD->ECD", hidden_ECF, down)
 
     gate_ECF = jnp.einsum("ECD,EDF->ECF", rows_ECD, gate_EDF)
     up_ECF = jnp.einsum("ECD,EDF->ECF", rows_ECD, up_EDF)
