@@ -117,7 +117,7 @@ def test_a_tpu_reads_whole_matrices_as_they_lie():
     # Tests ask for exact products, which the TPU's unit does not make of bfloat16.
     with jax.default_matmul_precision("default"):
         lowered = jax.jit(compute).lower(argument(rows, embed), *matrices, sizes)
-    program = lowered.compile().as_text()
+    program = lowered.compile().as_text() or ""
     # Of any order of dimensions but their own, they would be copies.
     stack = rf"= bf16\[{E},(?:{embed},{hidden}|{hidden},{embed})\]{{([\d,]+)"
     assert set(re.findall(stack, program)) == {"2,1,0"}
