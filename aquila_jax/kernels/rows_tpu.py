@@ -45,9 +45,14 @@ class _Tiling(NamedTuple):
         return cls(packing, choices, words, pl.cdiv(num_tokens, words * packing))
 
     @property
+    def planes(self) -> int:
+        """Rows that are gathered for one of words: of each place in it, each choice."""
+        return self.packing * self.choices
+
+    @property
     def rows(self) -> int:
-        """Rows that one tile gathers, in the order [choice, place in the word, row of words]."""
-        return self.choices * self.packing * self.words
+        """Rows that one tile gathers, in the order [row of words, place in the word, choice]."""
+        return self.words * self.planes
 
     def of_words(self, first: jax.Array | int, size: int) -> Any:
         """Rows of words, counted in rows."""
@@ -57,7 +62,15 @@ class _Tiling(NamedTuple):
 
     def group(self, choice: int, place: int, index: jax.Array) -> jax.Array:
         """Which 8 gathered rows belong to the `index`th 8 words' rows of the result."""
-        return (choice * self.packing + place) * (self.words // SUBLANES) + index
+        return (place * self.choices + choice) * (self.words // SUBLANES) + index
+
+    def numbers(self, plane: int) -> Any:
+        """Where the numbers of a plane's rows are among the tile's."""
+        return pl.ds(plane, self.words, stride=self.planes)
+
+    def own(self, plane: int) -> Any:
+        """The same where a plane's are together."""
+        return pl.ds(plane * self.words, self.words)
 
     def specs(self, dim: int) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
         """Blocks of numbers of rows that are sent for and that are summed, and of the result.
@@ -82,6 +95,7 @@ class _Tiling(NamedTuple):
         return [
             pltpu.VMEM((2, self.rows // SUBLANES, SUBLANES * self.packing, dim), dtype),
             pltpu.SemaphoreType.DMA((2,)),
+            pltpu.VMEM((self.rows, LANES), jnp.float32),
             pltpu.VMEM((self.rows, LANES), jnp.int32),
             pltpu.VMEM((self.rows, LANES), jnp.int32),
             pltpu.VMEM((self.rows, LANES), jnp.float32),
@@ -91,17 +105,11 @@ class _Tiling(NamedTuple):
         """Two tiles of gathered rows, of the result and of others, and some room."""
         return 8 * dim * (self.rows + 2 * self.words) + 4 * 2**20
 
-    def arrange(self, x_Nk: jax.Array, absent: int) -> jax.Array:
+    def by_tile(self, x_Nk: jax.Array, absent: int) -> jax.Array:
         """[N, k] to [tiles, 1, rows], filled up with `absent`."""
         filled = self.tiles * self.words * self.packing
         x_Nk = jnp.pad(x_Nk, ((0, filled - len(x_Nk)), (0, 0)), constant_values=absent)
-        x = x_Nk.reshape(self.tiles, self.words, self.packing, self.choices)
-        return x.transpose(0, 3, 2, 1).reshape(self.tiles, 1, self.rows)
-
-    def restore(self, x: jax.Array, num_tokens: int) -> jax.Array:
-        """The inverse of `arrange`."""
-        x = x.reshape(self.tiles, self.choices, self.packing, self.words)
-        return x.transpose(0, 3, 2, 1).reshape(-1, self.choices)[:num_tokens]
+        return x_Nk.reshape(self.tiles, 1, self.rows)
 
 
 def gather_sum(
@@ -161,7 +169,7 @@ def gather_sum(
         ),
         vmem_bytes=max(16 * 2**20, tiling.vmem_bytes(filled_dim)),
     )
-    return out_ND[:, :dim], *(tiling.restore(x, num_tokens)[:, 0] for x in products)
+    return out_ND[:, :dim], *(x.reshape(-1)[:num_tokens] for x in products)
 
 
 def _padded(x_ND: jax.Array, multiple: int) -> jax.Array:
@@ -198,14 +206,14 @@ def _inputs(
     others_ND: jax.Array | None,
 ) -> _Inputs:
     """Values and blocks; slots that are not in [0, num_rows) become the first row, masked."""
-    slots = tiling.arrange(slots_Nk, -1)
+    slots = tiling.by_tile(slots_Nk, -1)
     is_present = (slots >= 0) & (slots < num_rows)
     slots = jnp.where(is_present, slots, 0)
     fetched, per_row, tile = tiling.specs(rows_MD.shape[1])
     return _Inputs(
         sources=(slots - slots % tiling.packing, fetched),
         places=(jnp.where(is_present, slots % tiling.packing, -1), per_row),
-        gates=None if gates_Nk is None else (tiling.arrange(gates_Nk, 0), per_row),
+        gates=None if gates_Nk is None else (tiling.by_tile(gates_Nk, 0), per_row),
         others=None if others_ND is None else (others_ND, tile),
         rows=(rows_MD, pl.BlockSpec(memory_space=pl.ANY)),
     )
@@ -217,6 +225,7 @@ class _Scratch(NamedTuple):
     Attributes:
         buffer: [2, rows / 8, 8, D] words as they come; tiles take turns.
         semaphores: that their DMAs count on.
+        numbers: of rows as they come, in the tile's order; the others have a plane's together.
         shift: by how many bits a word is moved up so that its upper half is the row's.
         kept: the bits of it that are the row's; none where there is no row.
         gates: weights; in the end of a tile, inner products.
@@ -224,6 +233,7 @@ class _Scratch(NamedTuple):
 
     buffer: Any
     semaphores: Any
+    numbers: Any
     shift: Any
     kept: Any
     gates: Any
@@ -241,12 +251,7 @@ def _body(tiling: _Tiling, present: list[str], *refs) -> None:
     def _() -> None:
         _wait(scratch, before)
 
-    place = _down(inputs.places[0])
-    if tiling.packing == 2:
-        scratch.shift[...] = jnp.where(place > 0, 0, 16)
-    scratch.kept[...] = jnp.where(place < 0, 0, UPPER if tiling.packing == 2 else -1)
-    if inputs.gates is not None:
-        scratch.gates[...] = _down(inputs.gates[0])
+    _lay_out(tiling, inputs, scratch)
 
     def group(index: jax.Array, _: None) -> None:
         _send(tiling, inputs, scratch, now, index)
@@ -254,12 +259,29 @@ def _body(tiling: _Tiling, present: list[str], *refs) -> None:
 
     jax.lax.fori_loop(0, tiling.words // SUBLANES, group, None)
     if products:
-        products[0][0] = jnp.sum(scratch.gates[...].T, axis=0, keepdims=True)
+        for plane in range(tiling.planes):
+            scratch.numbers[tiling.numbers(plane), :] = scratch.gates[tiling.own(plane), :]
+        products[0][0] = jnp.sum(scratch.numbers[...].T, axis=0, keepdims=True)
 
     # The last tile is sent for twice, so that no step is a special case.
     @pl.when(step == tiling.tiles)
     def _() -> None:
         _wait(scratch, now)
+
+
+def _lay_out(tiling: _Tiling, inputs: _Inputs, scratch: _Scratch) -> None:
+    """What summing needs to know of each row, on all lanes, a plane's rows together."""
+    scratch.numbers[...] = _down(inputs.places[0].astype(jnp.float32))
+    for plane in range(tiling.planes):
+        place = scratch.numbers[tiling.numbers(plane), :]
+        if tiling.packing == 2:
+            scratch.shift[tiling.own(plane), :] = jnp.where(place > 0, 0, 16)
+        kept = jnp.where(place < 0, 0, UPPER if tiling.packing == 2 else -1)
+        scratch.kept[tiling.own(plane), :] = kept
+    if inputs.gates is not None:
+        scratch.numbers[...] = _down(inputs.gates[0])
+        for plane in range(tiling.planes):
+            scratch.gates[tiling.own(plane), :] = scratch.numbers[tiling.numbers(plane), :]
 
 
 def _wait(scratch: _Scratch, slot: jax.Array) -> None:
@@ -278,18 +300,19 @@ def _send(
 ) -> None:
     """Starts the DMAs of the rows that belong to 8 rows of words."""
 
-    def plane(number: jax.Array, _: None) -> None:
-        group = number * (tiling.words // SUBLANES) + index
+    def send(plane: jax.Array, _: None) -> None:
+        group = plane * (tiling.words // SUBLANES) + index
+        first = index * (SUBLANES * tiling.planes) + plane
         # What differs between the 8 is static: addresses cost more than the DMA's start.
         for offset in range(SUBLANES):
-            source = inputs.sources[0, 0, group * SUBLANES + offset]
+            source = inputs.sources[0, 0, first + offset * tiling.planes]
             pltpu.make_async_copy(
                 inputs.rows.at[pl.ds(pl.multiple_of(source, tiling.packing), tiling.packing)],
                 scratch.buffer.at[slot, group, tiling.of_words(offset, 1)],
                 scratch.semaphores.at[slot],
             ).start()
 
-    jax.lax.fori_loop(0, tiling.choices * tiling.packing, plane, None)
+    jax.lax.fori_loop(0, tiling.planes, send, None)
 
 
 def _sum(

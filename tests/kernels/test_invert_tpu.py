@@ -10,7 +10,7 @@ from tests.kernels.test_permute_tpu import draw
 
 
 def test_a_table_of_several_parts_is_inverted_and_read(monkeypatch):
-    for name, value in {"PART": 24, "LANES": 16, "BLOCK": 32}.items():
+    for name, value in {"ENTRIES": 48, "LANES": 16, "BLOCK": 32}.items():
         monkeypatch.setattr(invert_tpu, name, value)
     _, _, slots, gates = draw(30, 3, 1, 80)
     with interpreted():

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from aquila_jax.kernels import permute, unpermute
+from aquila_jax.planning import parse_topology
+from aquila_jax.planning.topology import devices_of
 from tests.kernels import by_hand
 from tests.kernels.interpreter import interpreted
 
@@ -97,3 +99,24 @@ def test_nothing_to_fetch():
             jnp.ones((3, 128)), jnp.zeros((3, 2), jnp.int32), num_rows=0, backend="pallas"
         )
     assert none.shape == (0, 128)
+
+
+@pytest.mark.parametrize(("num_tokens", "k"), [(16384, 2), (16384, 8), (100_000, 8)])
+def test_tables_of_many_pairs_fit_a_tpus_scalar_memory(num_tokens, k):
+    """The real compiler refuses what does not fit, and takes minutes over what it lays out anew."""
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
+    device = jax.sharding.SingleDeviceSharding(devices_of(parse_topology("v5e:2x2"))[0])
+
+    def argument(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+
+    def compute(x, slots, gates, gradient):
+        def there_and_back(x, gates):
+            rows = permute(x, slots, backend="pallas")
+            return unpermute(rows, slots, gates, backend="pallas")
+
+        return jax.vjp(there_and_back, x, gates)[1](gradient)
+
+    x, pairs = argument((num_tokens, 128), jnp.bfloat16), (num_tokens, k)
+    arguments = x, argument(pairs, jnp.int32), argument(pairs, jnp.float32), x
+    jax.jit(compute).lower(*arguments).compile()
