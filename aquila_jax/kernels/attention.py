@@ -136,16 +136,24 @@ def _in_blocks(
     mixed = []
     for start in range(0, num_tokens, length):
         end = min(start + length, num_tokens)
-        sees_BTS = _sees_earlier(segment_ids_BT[:, start:end], segment_ids_BT[:, :end])
         operands = query_BKGTH[..., start:end, :], key_BKTH[:, :, :end], value_BKTH[:, :, :end]
-        mixed.append(_block(*operands, sees_BTS))
+        segments = segment_ids_BT[:, start:end], segment_ids_BT[:, :end]
+        mixed.append(_block(*operands, *segments))
     mixed_BKGTH = jnp.concatenate(mixed, axis=3)
     return mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(query_BTNH.shape)
 
 
+# Scores are computed again for the backward pass: as numbers they grow with the square of a row's
+# length. Layers are scanned, where nothing undoes that.
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def _block(
-    query_BKGTH: jax.Array, key_BKSH: jax.Array, value_BKSH: jax.Array, sees_BTS: jax.Array
+    query_BKGTH: jax.Array,
+    key_BKSH: jax.Array,
+    value_BKSH: jax.Array,
+    segment_ids_BT: jax.Array,
+    segment_ids_BS: jax.Array,
 ) -> jax.Array:
+    sees_BTS = _sees_earlier(segment_ids_BT, segment_ids_BS)
     batch, num_kv_heads, group, length, head_dim = query_BKGTH.shape
     wide = jnp.promote_types(query_BKGTH.dtype, jnp.float32)
     rows_BKRH = query_BKGTH.reshape(batch, num_kv_heads, group * length, head_dim)

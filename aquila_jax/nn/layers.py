@@ -1,5 +1,6 @@
 """Parameters by their path in the vocabulary, and the small layers."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -111,10 +112,18 @@ class GatedMLP(nn.Module):
             declare(self, self.config, f"layers/mlp/{name}").astype(self.dtype)
             for name in ("gate", "up", "down")
         )
-        hidden_BTF = gated_units(x_BTD, gate_DF, up_DF, self.layout)
-        if self.layout is not None:
-            hidden_BTF = self.layout.constrain(hidden_BTF, BATCH, None, MLP)
-        return project(hidden_BTF, down_FD, self.layout)
+
+        # Activated units are computed again for the backward pass: cheap, and as large as what is
+        # kept. Layers are scanned, where nothing undoes that.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def read_out(gate_BTF: jax.Array, up_BTF: jax.Array, down_FD: jax.Array) -> jax.Array:
+            hidden_BTF = nn.silu(gate_BTF) * up_BTF
+            if self.layout is not None:
+                hidden_BTF = self.layout.constrain(hidden_BTF, BATCH, None, MLP)
+            return project(hidden_BTF, down_FD, self.layout)
+
+        gate_BTF, up_BTF = (project(x_BTD, kernel, self.layout) for kernel in (gate_DF, up_DF))
+        return read_out(gate_BTF, up_BTF, down_FD)
 
 
 def rotary_frequencies(

@@ -51,6 +51,17 @@ def test_packed_rows_equal_attention_written_out(backend, num_heads, num_kv_head
     np.testing.assert_allclose(mixed, written_out(*operands), rtol=0, atol=3e-6)
 
 
+def test_what_is_kept_for_gradients_grows_with_a_row_and_not_with_its_square():
+    operands = draw(4, 2, head_dim=8, num_tokens=1100)
+
+    def pull(query, key, value, segments):
+        backend = functools.partial(attention.attend, segment_ids_BT=segments, backend="xla")
+        return jax.vjp(backend, query, key, value)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(pull, *operands))
+    assert sum(leaf.size for leaf in kept) < 8 * operands[0].size
+
+
 @pytest.mark.parametrize("num_tokens", [127, 128, 129, 300, 1100])
 def test_rows_of_any_length_are_cut_into_blocks(num_tokens):
     operands = draw(4, 2, head_dim=8, num_tokens=num_tokens)

@@ -5,7 +5,7 @@ import pytest
 
 from aquila_jax import RopeScaling
 from aquila_jax.kernels.attention import causal_mask
-from aquila_jax.nn.layers import project, rms_norm, rotary, rotary_frequencies
+from aquila_jax.nn.layers import GatedMLP, project, rms_norm, rotary, rotary_frequencies
 from aquila_jax.sharding import Layout, MeshShape
 
 from .reference import frequency, rotate
@@ -131,3 +131,15 @@ def test_a_projection_is_its_sum_of_products_wherever_it_is_computed(x, kernel, 
     by_kernel = np.einsum(f"{left},{out}->{right}", operands[0], ones)
     np.testing.assert_allclose(gradients[0], by_x, rtol=0, atol=1e-12)
     np.testing.assert_allclose(gradients[1], by_kernel, rtol=0, atol=1e-12)
+
+
+def test_an_mlp_keeps_what_its_products_give_and_no_activated_units(tiny):
+    mlp, x = GatedMLP(tiny, jnp.float32), jnp.ones((2, 5, tiny.embed_dim))
+    params = mlp.init(jax.random.key(0), x)
+
+    def pull(params, x):
+        return jax.vjp(mlp.apply, params, x)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(pull, params, x))
+    hidden = (2, 5, tiny.mlp_dim)
+    assert [leaf.shape for leaf in kept].count(hidden) == 2
