@@ -3,9 +3,10 @@
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/moe/bundles.py RESULT.md [CHIP ...]
 
 `--one CHIP E k [PARTY NAME]` prints the figures of one chip and setting, or of one program.
-Compiles ahead of time, needs jax[tpu] and no TPU; minutes for each chip and setting. Stopped, it
-goes on from RESULT.json, which is to be deleted where kernels or jax have changed. That a kernel
-compiles says that it fits VMEM. What a bundle count says and does not: see `schedules.py`.
+Compiles ahead of time, needs jax[tpu] and no TPU; minutes for each chip and setting. A program
+that takes more than a quarter of an hour is left out. Stopped, it goes on from RESULT.json, which
+is to be deleted where kernels or jax have changed. That a kernel compiles says that it fits VMEM.
+What a bundle count says and does not: see `schedules.py`.
 """
 
 import itertools
@@ -24,6 +25,8 @@ import schedules
 CHIPS = {"v5p": "v5p:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 SETTINGS = [(8, 2), (128, 8)]
 TOKENS, DIM = 16384, 5120
+# Seconds that a compiler has for a program.
+LIMIT = 900
 
 
 def measure(chip: str, num_experts: int, k: int, only: list[str]) -> None:
@@ -162,11 +165,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         if party != "ours" or (*key, "XLA") not in found:
             continue
         ours, xla = found[*key, "ours"], found[*key, "XLA"]
-        ratio = xla["bundles"] / ours["bundles"]
         chip, experts, k, name = key
+        line = f"| {chip} | {experts} | {k} | {name} | {ours['bundles']} "
+        if xla["bundles"] is None:
+            lines.append(f"{line}| not compiled in {LIMIT} s | | {ours['spills']} | |")
+            continue
         lines.append(
-            f"| {chip} | {experts} | {k} | {name} | {ours['bundles']} | {xla['bundles']} "
-            f"| {ratio:.2f} | {ours['spills']} "
+            f"{line}| {xla['bundles']} | {xla['bundles'] / ours['bundles']:.2f} | {ours['spills']} "
             f"| {ours['unbounded']} / {xla['unbounded']} |"
         )
         if name != "unpermute backward":
@@ -194,14 +199,23 @@ def main(result: str, chips: list[str]) -> None:
             if (chip, num_experts, k, party, name) in done:
                 continue
             command = [sys.executable, __file__, "--one", chip, str(num_experts), str(k)]
-            command += [party, name]
-            run = subprocess.run(command, capture_output=True, text=True, check=False)
-            if run.returncode:
-                raise SystemExit(f"{' '.join(command[2:])}: {run.stderr[-2000:]}")
-            rows += [json.loads(line) for line in run.stdout.splitlines() if line[:1] == "{"]
-            print(run.stdout, end="", flush=True)
+            rows.append(found_by([*command, party, name]))
+            print(json.dumps(rows[-1]), flush=True)
             kept.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
             Path(result).write_text(table(rows), encoding="utf-8")
+
+
+def found_by(command: list[str]) -> dict[str, Any]:
+    """The row that a process prints; without figures where it takes longer than `LIMIT`."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        chip, experts, k, party, name = command[-5:]
+        key = {"chip": chip, "experts": int(experts), "k": int(k), "name": name, "party": party}
+        return {**key, "bundles": None, "unbounded": None, "spills": None}
+    if run.returncode:
+        raise SystemExit(f"{' '.join(command[2:])}: {run.stderr[-2000:]}")
+    return json.loads(next(line for line in run.stdout.splitlines() if line[:1] == "{"))
 
 
 if __name__ == "__main__":
