@@ -18,6 +18,8 @@ SHELLCHECK := .venv-shellcheck
 NOTEBOOKS := .notebook-tools
 AUDIT := .venv-audit
 RUNS := runs/demo
+# Which tests `make test` runs.
+MARKED := not slow
 
 # Compiled bytecode makes every later start seconds faster.
 export PYTHONDONTWRITEBYTECODE :=
@@ -35,7 +37,7 @@ RESOLVE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate
 # The paper's three stages and the control, oldest first.
 STAGES := 1_dense 2_scale_up 3_scale_out control
 
-.PHONY: help ready demo test test-newest test-parity bench-growth soak docs notebooks lint check format lock audit clean
+.PHONY: help ready demo test test-slow test-newest test-parity bench-growth soak docs notebooks lint check format lock audit clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -80,7 +82,10 @@ demo: $(VENV)/installed $(TEXT_DIR)/installed ## grow a small model through all 
 ready: $(VENV)/installed $(TEXT_DIR)/installed $(MODELS_DIR)/installed $(TASKS_DIR)/installed $(PARITY)/installed $(NOTEBOOKS)/installed ## install all that the checks need (`make -j2 ready` is faster)
 
 test: $(VENV)/installed $(TEXT_DIR)/installed $(MODELS_DIR)/installed $(TASKS_DIR)/installed ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$(MARKED)" tests
+
+test-slow: ## run further cases of what they hold (about 10 minutes)
+	@$(MAKE) test MARKED=slow
 
 test-newest: ## run the tests with Python 3.12 and the newest JAX, in an environment of their own
 	@$(MAKE) test VENV=.venv-newest PYTHON=$(PYTHON_NEWEST)

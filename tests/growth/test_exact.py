@@ -174,6 +174,7 @@ def test_two_steps_of_width_equal_one_where_the_steps_are_whole(random_params, p
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13), two, one)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(
     pair=growths(),

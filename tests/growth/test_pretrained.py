@@ -18,14 +18,14 @@ LARGER = {**WIDER, "num_layers": 40}
     ("method", "depth", "changes", "expected"),
     [
         ("fpi", None, {"embed_dim": 1152, "num_heads": 18, "mlp_dim": 3072}, 3.4623),
-        ("fpi", None, WIDER, 3.6342),
+        pytest.param("fpi", None, WIDER, 3.6342, marks=pytest.mark.slow),
         ("isometric", None, WIDER, 3.4623),
-        ("fpi", "stacking", LARGER, 5.5084),
+        pytest.param("fpi", "stacking", LARGER, 5.5084, marks=pytest.mark.slow),
         ("fpi", "interpolation", LARGER, 7.9016),
-        ("aki", "stacking", LARGER, 14.4624),
+        pytest.param("aki", "stacking", LARGER, 14.4624, marks=pytest.mark.slow),
         ("aki_pro", None, LARGER, 12.0536),
         # Exact with depth, too, and with another number of KV groups.
-        ("latent", None, LARGER, 3.4623),
+        pytest.param("latent", None, LARGER, 3.4623, marks=pytest.mark.slow),
         ("isometric", None, {**LARGER, "num_kv_heads": 4}, 3.4623),
     ],
     ids=str,

@@ -70,7 +70,7 @@ def compare(x, rows, slots, gates):
     ("num_tokens", "k", "dim", "num_rows", "dtype"),
     [
         (19, 2, 130, None, jnp.bfloat16),
-        (9, 8, 128, None, jnp.bfloat16),
+        pytest.param(9, 8, 128, None, jnp.bfloat16, marks=pytest.mark.slow),
         (9, 3, 5, 40, jnp.float32),
         (17, 1, 128, 12, jnp.bfloat16),
     ],

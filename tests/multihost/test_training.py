@@ -100,6 +100,7 @@ def _until_step(directory, step, processes):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_stopped_and_killed_two_processes_end_as_if_they_had_never_been(place):
     undisturbed, directory = _directory(place, "undisturbed"), _directory(place, "disturbed")
     run_together(undisturbed, 2, "dense", "--steps", "60")

@@ -127,9 +127,12 @@ def test_policies_keep_multiples_the_best_and_the_ends_of_stages(tmp_path):
 @pytest.mark.parametrize(
     "error",
     [
-        TimeoutError("no answer"),
+        pytest.param(TimeoutError("no answer"), marks=pytest.mark.slow),
         OSError(5, "Input/output error"),
-        ValueError("INTERNAL: Error writing d/0: Input/output error [source locations]"),
+        pytest.param(
+            ValueError("INTERNAL: Error writing d/0: Input/output error [source locations]"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda error: type(error).__name__,
 )
