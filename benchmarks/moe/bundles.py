@@ -150,6 +150,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "Loops without a constant bound are counted once, which makes a figure a lower bound; ours",
         "have them only in XLA's reshapes around the kernels.",
         "tokamax has no routing or permutation of rows to compare with.",
+        f"Programs had {LIMIT} s to compile, on two cores with other work.",
         "",
         "A bundle is a cycle when nothing stalls. That is no time: rows come from HBM, each by a",
         "DMA of its own, and how well these overlap no compiler says. Where permuting is bound by",
@@ -202,7 +203,7 @@ def main(result: str, chips: list[str]) -> None:
             rows.append(found_by([*command, party, name]))
             print(json.dumps(rows[-1]), flush=True)
             kept.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-            Path(result).write_text(table(rows), encoding="utf-8")
+    Path(result).write_text(table(rows), encoding="utf-8")
 
 
 def found_by(command: list[str]) -> dict[str, Any]:
