@@ -84,7 +84,7 @@ ready: $(VENV)/installed $(TEXT_DIR)/installed $(MODELS_DIR)/installed $(TASKS_D
 test: $(VENV)/installed $(TEXT_DIR)/installed $(MODELS_DIR)/installed $(TASKS_DIR)/installed ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$(MARKED)" tests
 
-test-slow: ## run further cases of what they hold (about 10 minutes)
+test-slow: ## run what they leave out, which takes long
 	@$(MAKE) test MARKED=slow
 
 test-newest: ## run the tests with Python 3.12 and the newest JAX, in an environment of their own

@@ -98,6 +98,28 @@ def gated_units(
     return nn.silu(project(x_BTD, gate_DF, layout)) * project(x_BTD, up_DF, layout)
 
 
+def gated_mlp(
+    x_BTD: Float[Array, "B T D"],
+    gate_DF: Float[Array, "D F"],
+    up_DF: Float[Array, "D F"],
+    down_FD: Float[Array, "F D"],
+    units: str,
+    layout: Layout | None,
+) -> Float[Array, "B T D"]:
+    """down(silu(gate(x)) * up(x)), whose hidden units are split as the axis `units` is."""
+
+    # Activated units are computed again for the backward pass: cheap, and as large as what is
+    # kept. Layers are scanned, where nothing undoes that.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def read_out(gate_BTF: jax.Array, up_BTF: jax.Array, down_FD: jax.Array) -> jax.Array:
+        hidden_BTF = nn.silu(gate_BTF) * up_BTF
+        if layout is not None:
+            hidden_BTF = layout.constrain(hidden_BTF, BATCH, None, units)
+        return project(hidden_BTF, down_FD, layout)
+
+    return read_out(project(x_BTD, gate_DF, layout), project(x_BTD, up_DF, layout), down_FD)
+
+
 class GatedMLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
@@ -112,18 +134,7 @@ class GatedMLP(nn.Module):
             declare(self, self.config, f"layers/mlp/{name}").astype(self.dtype)
             for name in ("gate", "up", "down")
         )
-
-        # Activated units are computed again for the backward pass: cheap, and as large as what is
-        # kept. Layers are scanned, where nothing undoes that.
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def read_out(gate_BTF: jax.Array, up_BTF: jax.Array, down_FD: jax.Array) -> jax.Array:
-            hidden_BTF = nn.silu(gate_BTF) * up_BTF
-            if self.layout is not None:
-                hidden_BTF = self.layout.constrain(hidden_BTF, BATCH, None, MLP)
-            return project(hidden_BTF, down_FD, self.layout)
-
-        gate_BTF, up_BTF = (project(x_BTD, kernel, self.layout) for kernel in (gate_DF, up_DF))
-        return read_out(gate_BTF, up_BTF, down_FD)
+        return gated_mlp(x_BTD, gate_DF, up_DF, down_FD, MLP, self.layout)
 
 
 def rotary_frequencies(

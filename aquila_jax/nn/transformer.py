@@ -106,10 +106,11 @@ class Transformer(nn.Module):
         config: the architecture.
         dtype: of activations and of weights as they are used; parameters are float32. Router,
             norms and softmax compute in float32 whatever this is.
-        remat: what to store for the backward pass of a layer. "none": everything; "dots": the
-            results of products with weights; "projections": queries, keys, values and what
-            attention makes of them, so that attention is not computed twice, and an MLP is;
-            "offload": the same, in the host's memory; "full": only what enters the layer.
+        remat: what to store for the backward pass of a layer. "none": everything but an MLP's
+            activated units and attention's scores; "dots": the results of products with weights;
+            "projections": queries, keys, values and what attention makes of them, so that
+            attention is not computed twice, and an MLP is; "offload": the same, in the host's
+            memory; "full": only what enters the layer.
         layout: where to place activations on a mesh; None leaves it to the compiler.
         unrolled: apply layer after layer instead of a scan, with parameters from
             `aquila_jax.nn.cache.unroll`. Longer to compile; a step of generation, which reads

@@ -127,12 +127,9 @@ def test_policies_keep_multiples_the_best_and_the_ends_of_stages(tmp_path):
 @pytest.mark.parametrize(
     "error",
     [
-        pytest.param(TimeoutError("no answer"), marks=pytest.mark.slow),
+        TimeoutError("no answer"),
         OSError(5, "Input/output error"),
-        pytest.param(
-            ValueError("INTERNAL: Error writing d/0: Input/output error [source locations]"),
-            marks=pytest.mark.slow,
-        ),
+        ValueError("INTERNAL: Error writing d/0: Input/output error [source locations]"),
     ],
     ids=lambda error: type(error).__name__,
 )

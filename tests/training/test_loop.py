@@ -92,7 +92,6 @@ def test_a_finished_run_does_nothing_again(tmp_path, capsys):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.slow
 def test_a_control_spends_the_flops_of_the_lineage(tmp_path):
     parent = tiny_run(tmp_path / "parent", model=WIDER)
     train(parent)

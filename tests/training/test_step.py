@@ -60,7 +60,6 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-7)
 
 
-@pytest.mark.slow
 def test_a_step_with_all_of_it_compiles_for_two_slices(tiny):
     """By the real compiler: an odd vocabulary, parts, offloading, sequence parallelism, splash."""
     config = dataclasses.replace(

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from aquila_jax.axes import BATCH, SHARED_MLP
+from aquila_jax.axes import SHARED_MLP
 from aquila_jax.config import ModelConfig
-from aquila_jax.nn.layers import declare, gated_units, project
+from aquila_jax.nn.layers import declare, gated_mlp
 from aquila_jax.nn.moe.experts import Weights
 from aquila_jax.nn.moe.mixing import mix
 from aquila_jax.nn.moe.settings import DEFAULT_DISPATCH, Dispatch
@@ -81,10 +81,7 @@ class MixtureOfExperts(nn.Module):
             declare(self, self.config, f"layers/moe/shared_{name}").astype(self.dtype)
             for name in ("gate", "up", "down")
         )
-        hidden_BTS = gated_units(x_BTD, gate_DS, up_DS, self.layout)
-        if self.layout is not None:
-            hidden_BTS = self.layout.constrain(hidden_BTS, BATCH, None, SHARED_MLP)
-        out_BTD = project(hidden_BTS, down_SD, self.layout)
+        out_BTD = gated_mlp(x_BTD, gate_DS, up_DS, down_SD, SHARED_MLP, self.layout)
         if not self.config.shared_expert_gate:
             return out_BTD
         router_D = declare(self, self.config, "layers/moe/shared_router")
