@@ -21,5 +21,7 @@ def add_to(commands: Any) -> None:
 
 def _train(arguments: argparse.Namespace, bindings: list[str]) -> int:
     from aquila_jax.training import train
+    from aquila_jax.training.freed_memory import keep_freed_memory
 
+    keep_freed_memory()
     return with_run(arguments, bindings, train)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from aquila_jax.axes import BATCH, EMBED, HEAD_DIM, KV_HEADS, Q_HEADS
 from aquila_jax.config import ModelConfig
 from aquila_jax.kernels.attention import MIXED, attend, causal_mask
-from aquila_jax.nn.layers import declare, project, rms_norm, rotary
+from aquila_jax.nn.layers import Rotation, declare, project, rms_norm, rotary, weights
 from aquila_jax.sharding import Layout
 
 # The Linen collection in which attention leaves the keys and values of this call's tokens, and the
@@ -72,7 +72,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
+        turned: Rotation,
         segment_ids_BT: Int[Array, "B T"],
         sees_cached_BTS: Bool[Array, "B T S"] | None = None,
     ) -> Float[Array, "B T D"]:
@@ -86,10 +86,8 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             query_BTNH = self._normalise(query_BTNH, "query_norm")
             key_BTKH = self._normalise(key_BTKH, "key_norm")
-        theta, scaling = self.config.rope_theta, self.config.rope_scaling
-        query_BTNH = rotary(query_BTNH, positions_BT, theta, scaling)
-        key_BTKH = rotary(key_BTKH, positions_BT, theta, scaling)
-        query_BTNH = checkpoint_name(query_BTNH, QUERY)
+        query_BTNH = checkpoint_name(rotary(query_BTNH, turned), QUERY)
+        key_BTKH = rotary(key_BTKH, turned)
         key_BTKH, value_BTKH = checkpoint_name(key_BTKH, KEY), checkpoint_name(value_BTKH, VALUE)
         if self.is_mutable_collection(KEY_VALUE) and not self.is_initializing():
             self.put_variable(KEY_VALUE, "key", key_BTKH)
@@ -105,7 +103,7 @@ class Attention(nn.Module):
                 query_BTNH, key_BTKH, value_BTKH, segment_ids_BT, layout=self.layout
             )
         mixed_BTNH = checkpoint_name(mixed_BTNH, MIXED)
-        out_NHD = declare(self, self.config, "layers/attention/out").astype(self.dtype)
+        out_NHD = weights(self, self.config, "layers/attention/out", self.dtype)
         if self.layout is not None:
             out_NHD = self.layout.join_width(out_NHD, (Q_HEADS, HEAD_DIM, EMBED))
         return project(mixed_BTNH, out_NHD, self.layout)
@@ -118,12 +116,12 @@ class Attention(nn.Module):
     def _project(self, x_BTD: jax.Array, name: str, heads: str) -> jax.Array:
         """Query, key or value: `[B, T, N, H]` or `[B, T, K, H]`."""
         path = f"layers/attention/{name}"
-        kernel_DNH = declare(self, self.config, path).astype(self.dtype)
+        kernel_DNH = weights(self, self.config, path, self.dtype)
         if self.layout is not None:
             kernel_DNH = self.layout.join_width(kernel_DNH, (EMBED, heads, HEAD_DIM))
         projected_BTNH = project(x_BTD, kernel_DNH, self.layout)
         if self.config.qkv_bias:
-            projected_BTNH += declare(self, self.config, f"{path}_bias").astype(self.dtype)
+            projected_BTNH += weights(self, self.config, f"{path}_bias", self.dtype)
         if self.layout is not None:
             projected_BTNH = self.layout.constrain(projected_BTNH, BATCH, None, heads, None)
         return projected_BTNH

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from aquila_jax.config import ModelConfig
 from aquila_jax.nn.attention import CACHE, KEY_VALUE
+from aquila_jax.nn.layers import Rotation
 from aquila_jax.nn.moe import DEFAULT_DISPATCH, JITTER, ROUTER, Dispatch
 from aquila_jax.sharding import Layout
 
@@ -47,7 +48,7 @@ class Group(nn.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
+        turned: Rotation,
         segment_ids_BT: Int[Array, "B T"],
         sees_cached_BTS: Bool[Array, "B T S"] | None = None,
     ) -> tuple[Float[Array, "B T D"], None]:
@@ -56,7 +57,7 @@ class Group(nn.Module):
         dense = scanned(self.block, self.config.moe_every - 1)
         for layers, has_experts, name in ((dense, False, "dense"), (self.block, True, "mixture")):
             layer = layers(self.config, self.dtype, has_experts, *placed, name=name)
-            x_BTD, _ = layer(x_BTD, positions_BT, segment_ids_BT, sees_cached_BTS)
+            x_BTD, _ = layer(x_BTD, turned, segment_ids_BT, sees_cached_BTS)
         return x_BTD, None
 
 

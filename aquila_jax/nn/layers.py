@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -40,6 +41,16 @@ def declare(module: nn.Module, config: ModelConfig, path: str) -> jax.Array:
             std /= math.sqrt(2 * config.num_layers)
         init = nn.initializers.normal(std)
     return module.param(path.rsplit("/", 1)[-1], init, shape, jnp.float32)
+
+
+def weights(module: nn.Module, config: ModelConfig, path: str, dtype: DTypeLike) -> jax.Array:
+    """The parameter that `declare` gives, rounded to the dtype of arithmetic."""
+    parameter = declare(module, config, path)
+    if jnp.dtype(dtype) == jnp.bfloat16:
+        # The conversion then changes no value, and stays where it is: XLA for TPUs (jax 0.10) moves
+        # one that does ahead of the scan over layers, and keeps a rounded copy of all of them.
+        parameter = jax.lax.reduce_precision(parameter, exponent_bits=8, mantissa_bits=7)
+    return parameter.astype(dtype)
 
 
 def rms_norm(x: Float[Array, "*B H"], gain_H: Float[Array, "H"], eps: float) -> jax.Array:
@@ -131,7 +142,7 @@ class GatedMLP(nn.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The residual update, in `dtype`."""
         gate_DF, up_DF, down_FD = (
-            declare(self, self.config, f"layers/mlp/{name}").astype(self.dtype)
+            weights(self, self.config, f"layers/mlp/{name}", self.dtype)
             for name in ("gate", "up", "down")
         )
         return gated_mlp(x_BTD, gate_DF, up_DF, down_FD, MLP, self.layout)
@@ -161,24 +172,36 @@ def rotary_frequencies(
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
-def rotary(
-    x_BTNH: Float[Array, "B T N H"],
-    positions_BT: Int[Array, "B T"],
-    theta: float,
-    scaling: RopeScaling | None = None,
-) -> Float[Array, "B T N H"]:
+class Rotation(NamedTuple):
+    """By which angles every token's pairs of channels turn: the same in all layers and heads.
+
+    Attributes:
+        cos_BT1: `[B, T, 1, H / 2]`, float32 at least.
+        sin_BT1: the same.
+    """
+
+    cos_BT1: jax.Array
+    sin_BT1: jax.Array
+
+
+def rotation(
+    config: ModelConfig, positions_BT: Int[Array, "B T"], dtype: DTypeLike = jnp.float32
+) -> Rotation:
+    """The angles of each token's position in its document, for activations of `dtype`."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    angles = positions_BT.astype(wide)[:, :, None, None] * jnp.asarray(frequencies, wide)
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotary(x_BTNH: Float[Array, "B T N H"], turned: Rotation) -> Float[Array, "B T N H"]:
     """Rotary positions (arXiv 2104.09864) in the half-split layout: i turns with i + H / 2.
 
     Args:
         x_BTNH: queries or keys.
-        positions_BT: each token's position in its document.
-        theta: base of the frequencies.
-        scaling: how the frequencies are changed, as `rotary_frequencies` says.
+        turned: by what.
     """
-    wide = jnp.promote_types(x_BTNH.dtype, jnp.float32)
-    frequencies = jnp.asarray(rotary_frequencies(x_BTNH.shape[-1], theta, scaling), wide)
-    angles = positions_BT.astype(wide)[:, :, None, None] * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x_BTNH.astype(wide), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTNH.dtype)
+    cos, sin = turned
+    first, second = jnp.split(x_BTNH.astype(cos.dtype), 2, axis=-1)
+    out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return out.astype(x_BTNH.dtype)

@@ -17,7 +17,7 @@ from aquila_jax.kernels.attention import MIXED
 from aquila_jax.nn.attention import CACHE, KEY, QUERY, VALUE, Attention
 from aquila_jax.nn.embeddings import embed
 from aquila_jax.nn.groups import scanned, scanned_groups
-from aquila_jax.nn.layers import GatedMLP, RMSNorm, declare
+from aquila_jax.nn.layers import GatedMLP, RMSNorm, Rotation, declare, rotation
 from aquila_jax.nn.losses import WeightedSum, token_cross_entropy
 from aquila_jax.nn.moe import DEFAULT_DISPATCH, ROUTER, Dispatch, MixtureOfExperts
 from aquila_jax.nn.vocabulary_chunks import Head, token_losses, token_scores
@@ -56,7 +56,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
+        turned: Rotation,
         segment_ids_BT: Int[Array, "B T"],
         sees_cached_BTS: Bool[Array, "B T S"] | None = None,
     ) -> tuple[Float[Array, "B T D"], None]:
@@ -64,7 +64,7 @@ class Block(nn.Module):
         config, dtype, layout = self.config, self.dtype, self.layout
         norm = RMSNorm(config, "layers/pre_attention_norm/scale", name="pre_attention_norm")
         attention = Attention(config, dtype, layout, name="attention")
-        x_BTD += attention(norm(x_BTD), positions_BT, segment_ids_BT, sees_cached_BTS)
+        x_BTD += attention(norm(x_BTD), turned, segment_ids_BT, sees_cached_BTS)
         if layout is not None:
             x_BTD = layout.constrain_residual(x_BTD)
         normalised_BTD = RMSNorm(config, "layers/pre_mlp_norm/scale", name="pre_mlp_norm")(x_BTD)
@@ -174,8 +174,9 @@ class Transformer(nn.Module):
         if self.has_variable(CACHE, "segment_ids"):
             cached_BS = self.get_variable(CACHE, "segment_ids")
             sees_cached_BTS = segment_ids_BT[:, :, None] == cached_BS[:, None, :]
+        turned = rotation(self.config, positions_BT, self.dtype)
         for layers in self._layers():
-            x_BTD, _ = layers(x_BTD, positions_BT, segment_ids_BT, sees_cached_BTS)
+            x_BTD, _ = layers(x_BTD, turned, segment_ids_BT, sees_cached_BTS)
         x_BTD = RMSNorm(self.config, "final_norm/scale", name="final_norm")(x_BTD)
         kernel = embedding_VD
         if not self.config.tie_embeddings:

@@ -46,6 +46,7 @@ def main() -> None:
 
 def ours(shape: dict[str, int]) -> tuple[int, Steps]:
     """This repository's step, as `aquila train` takes it."""
+    importlib.import_module("aquila_jax.training.freed_memory").keep_freed_memory()
     jax = importlib.import_module("jax")
     jnp = jax.numpy
     axes = importlib.import_module("aquila_jax.axes")

@@ -1,11 +1,25 @@
+import re
+from typing import cast
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aquila_jax import RopeScaling
+from aquila_jax import RopeScaling, Transformer, preset
 from aquila_jax.kernels.attention import causal_mask
-from aquila_jax.nn.layers import GatedMLP, project, rms_norm, rotary, rotary_frequencies
+from aquila_jax.nn.layers import (
+    GatedMLP,
+    project,
+    rms_norm,
+    rotary,
+    rotary_frequencies,
+    rotation,
+    weights,
+)
+from aquila_jax.planning import parse_topology
+from aquila_jax.planning.topology import devices_of
 from aquila_jax.sharding import Layout, MeshShape
 
 from .reference import frequency, rotate
@@ -13,9 +27,15 @@ from .reference import frequency, rotate
 THETA = 50.0
 
 
+def turn(x, positions, scaling=None):
+    """Heads of 8 channels, turned by their positions."""
+    config = preset("toy_dense", head_dim=8, rope_theta=THETA, rope_scaling=scaling)
+    x = jnp.asarray(x)
+    return np.asarray(rotary(x, rotation(config, jnp.asarray(positions), x.dtype)))
+
+
 def turned(vector, position):
-    x = jnp.asarray(vector, jnp.float32)[None, None, None]
-    return np.asarray(rotary(x, jnp.array([[position]]), THETA))[0, 0, 0]
+    return turn(vector.astype(np.float32)[None, None, None], [[position]])[0, 0, 0]
 
 
 def test_rotary_scores_depend_only_on_the_distance():
@@ -36,7 +56,7 @@ def test_rotary_turns_every_head_by_complex_frequencies():
     x = np.random.default_rng(2).normal(size=(2, 5, 3, 8))
     positions = np.array([[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]])
     with jax.enable_x64(True):
-        result = np.asarray(rotary(jnp.asarray(x), jnp.asarray(positions), THETA))
+        result = turn(x, positions)
     for row in range(2):
         for head in range(3):
             expected = rotate(x[row, :, head], positions[row], THETA)
@@ -71,9 +91,9 @@ def test_llama3_keeps_high_frequencies_divides_low_ones_and_is_monotonic_between
 
 def test_linear_scaling_is_positions_closer_together():
     x = np.random.default_rng(3).normal(size=(1, 4, 2, 8)).astype(np.float32)
-    positions = jnp.array([[0, 2, 4, 6]])
-    scaled = rotary(jnp.asarray(x), positions, THETA, RopeScaling("linear", 2.0))
-    np.testing.assert_allclose(scaled, rotary(jnp.asarray(x), positions // 2, THETA), atol=1e-6)
+    positions = np.array([[0, 2, 4, 6]])
+    scaled = turn(x, positions, RopeScaling("linear", 2.0))
+    np.testing.assert_allclose(scaled, turn(x, positions // 2), atol=1e-6)
 
 
 def test_heads_are_normalised_one_by_one_and_in_float32():
@@ -143,3 +163,39 @@ def test_an_mlp_keeps_what_its_products_give_and_no_activated_units(tiny):
     kept = jax.tree.leaves(jax.eval_shape(pull, params, x))
     hidden = (2, 5, tiny.mlp_dim)
     assert [leaf.shape for leaf in kept].count(hidden) == 2
+
+
+def test_rounded_weights_are_what_a_plain_conversion_gives(tiny):
+    class Holder(nn.Module):
+        @nn.compact
+        def __call__(self):
+            return weights(self, tiny, "lm_head/kernel", jnp.bfloat16)
+
+    scales = 2.0 ** np.arange(-60, 61, 120 / (tiny.embed_dim - 1))
+    kernel = np.random.default_rng(5).normal(size=(tiny.embed_dim, tiny.vocab_size))
+    kernel = jnp.asarray(kernel * scales[:, None], jnp.float32)
+
+    def rounded(kernel) -> jax.Array:
+        return cast(jax.Array, Holder().apply({"params": {"kernel": kernel}}))
+
+    found, pull = jax.vjp(rounded, kernel)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, kernel.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(pull(found)[0], found.astype(jnp.float32))
+
+
+def test_on_a_tpu_one_layer_is_rounded_at_a_time():
+    """No copy of all layers' weights stands beside them."""
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
+    layers = 7
+    model = Transformer(preset("toy_dense", num_layers=layers), dtype=jnp.bfloat16)
+    device = jax.sharding.SingleDeviceSharding(devices_of(parse_topology("v5e:2x2"))[0])
+    tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32, sharding=device)
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        jax.eval_shape(model.init, jax.random.key(0), tokens),
+    )
+    with jax.default_matmul_precision("default"):
+        program = jax.jit(model.apply).lower(params, tokens).compile().as_text() or ""
+    dtypes = set(re.findall(rf"\b(\w+)\[{layers},\d+,", program))
+    assert dtypes == {"f32"}

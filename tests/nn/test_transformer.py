@@ -7,6 +7,7 @@ import pytest
 
 from aquila_jax import RopeScaling, axes
 from aquila_jax.nn import Transformer, forward, transformer
+from aquila_jax.nn.layers import rotation
 from aquila_jax.nn.losses import cross_entropy
 from aquila_jax.nn.transformer import REMAT_POLICIES
 
@@ -140,7 +141,7 @@ def test_scanned_layers_equal_layers_one_by_one(
     for layer in range(config.num_layers):
         variables = {"params": weights_of(config, params, layer)}
         block = blocks[config.has_experts(layer)]
-        x, _ = block(variables, x, positions, segments)
+        x, _ = block(variables, x, rotation(config, positions), segments)
     x = np.asarray(x)
     x = x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + config.norm_eps)
     expected = x * params["final_norm"]["scale"] @ params["lm_head"]["kernel"]

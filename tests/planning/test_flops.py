@@ -36,6 +36,19 @@ def test_a_scan_counts_its_length_and_its_gradient_twice_more():
     assert flops_of(jax.grad(model, argnums=(0, 1)), X, W) == 5 * 4 * ONCE
 
 
+def test_what_nobody_reads_does_not_count():
+    def pull(x, w):
+        # As a loop's body computes gradients: the value itself is not asked for.
+        value, pull = jax.vjp(lambda w: jnp.sin(x @ w) @ w, w)
+        return pull(jnp.ones_like(value))[0]
+
+    def looped(x, w):
+        return jax.lax.fori_loop(0, x[0, 0].astype(int), lambda _, sum: sum + pull(x, w), w)
+
+    # The first product, that of its gradient, and two of the second's; not the second itself.
+    assert flops_of(looped, X, W) == 4 * ONCE
+
+
 def test_of_branches_the_costliest_and_of_platforms_the_tpu():
     def branches(x, w):
         return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w)

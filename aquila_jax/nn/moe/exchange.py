@@ -56,19 +56,47 @@ class Fabric(NamedTuple):
 class Buffers(NamedTuple):
     """Where everything lies in the buffers of all devices; the same numbers on all sources.
 
+    Where more is sent to a device than it has room for, it comes in rounds, each of M rows.
+
     Attributes:
         lengths_XHE: int32 length of every source's queue for every expert.
-        starts_XHE: where that queue begins in the buffer of the expert's device.
+        starts_XHE: where that queue begins among all rows for the expert's device.
         num_rows: M.
+        first_row: the first of them that comes in this round.
     """
 
     lengths_XHE: jax.Array
     starts_XHE: jax.Array
     num_rows: int
+    first_row: Any = 0
 
-    def sent(self) -> jax.Array:
-        """[X, H, E]: how much of every queue finds room."""
-        return jnp.clip(self.num_rows - self.starts_XHE, 0, self.lengths_XHE)
+    def pieces(self) -> "Pieces":
+        """What comes in this round: of the queues of all of a shard's devices together."""
+        # They lie one behind the other.
+        length_XE, start_XE = self.lengths_XHE.sum(axis=1), self.starts_XHE[:, 0]
+        begin_XE = jnp.clip(self.first_row - start_XE, 0, length_XE)
+        end_XE = jnp.clip(self.first_row + self.num_rows - start_XE, 0, length_XE)
+        place_XE = jnp.clip(start_XE - self.first_row, 0, self.num_rows)
+        return Pieces(begin_XE, end_XE - begin_XE, place_XE)
+
+    def rounds(self, fabric: Fabric) -> jax.Array:
+        """How many there must be until all devices have all rows."""
+        sent_XE = self.lengths_XHE.sum(axis=(0, 1)).reshape(fabric.expert_shards, -1)
+        return (sent_XE.sum(axis=1).max() + self.num_rows - 1) // max(self.num_rows, 1)
+
+
+class Pieces(NamedTuple):
+    """Of every shard's queue for every expert: what comes in one round.
+
+    Attributes:
+        begin_XE: where it begins in the queue.
+        length_XE: how long it is.
+        place_XE: where it is put in the buffer.
+    """
+
+    begin_XE: jax.Array
+    length_XE: jax.Array
+    place_XE: jax.Array
 
 
 def buffers(queues: Queues, fabric: Fabric, num_rows: int) -> Buffers:
@@ -83,11 +111,22 @@ def buffers(queues: Queues, fabric: Fabric, num_rows: int) -> Buffers:
 
 
 def slots_in_buffers(queues: Queues, places: Buffers, fabric: Fabric) -> jax.Array:
-    """Each pair's row in the buffer of its expert's device; -1 where it is dropped."""
+    """Each pair's row among those for its expert's device; -1 where it is dropped."""
     starts_E = places.starts_XHE[_index(fabric.expert_axes), _index(fabric.hidden_axes)]
+    return _slots(queues, starts_E)
+
+
+def slots_when_sent(queues: Queues, places: Buffers, fabric: Fabric) -> jax.Array:
+    """Each pair's row among those that the devices of its shard send; -1 where it is dropped."""
+    mine = _index(fabric.expert_axes)
+    lengths_HE = places.lengths_XHE[mine]
+    starts_HE = _first_rows(places)[mine] + jnp.cumsum(lengths_HE, axis=0) - lengths_HE
+    return _slots(queues, starts_HE[_index(fabric.hidden_axes)])
+
+
+def _slots(queues: Queues, starts_E: jax.Array) -> jax.Array:
     slots_Nk = starts_E[queues.experts_Nk] + queues.order_Nk
-    has_room_Nk = (queues.order_Nk >= 0) & (slots_Nk < places.num_rows)
-    return jnp.where(has_room_Nk, slots_Nk, -1)
+    return jnp.where(queues.order_Nk < 0, -1, slots_Nk)
 
 
 def on_one_device(
@@ -112,15 +151,14 @@ def by_gather(
     """All tokens to all devices; each adds what its experts say; the sums are shared out."""
     here, per_device = _index(fabric.expert_axes), places.lengths_XHE.shape[2]
     per_device //= fabric.expert_shards
-    # Rows are numbered through the buffers of all devices; of others' there are none here.
-    numbers_Nk = jnp.where(slots_Nk < 0, -1, slots_Nk + experts_Nk // per_device * places.num_rows)
-    gathered = (_gather(array, fabric.axes) for array in (x_ND, gates_Nk, numbers_Nk))
-    all_x_ND, all_gates_Nk, all_numbers_Nk = gathered
-    mine_Nk = all_numbers_Nk - here * places.num_rows
-    mine_Nk = jnp.where(all_numbers_Nk < 0, -1, mine_Nk)
+    gathered = (_gather(array, fabric.axes) for array in (x_ND, gates_Nk, experts_Nk, slots_Nk))
+    all_x_ND, all_gates_Nk, all_experts_Nk, all_slots_Nk = gathered
+    # Another device's rows, those that are dropped and those of other rounds have no slot.
+    is_mine_Nk = (all_experts_Nk // per_device == here) & (all_slots_Nk >= 0)
+    mine_Nk = jnp.where(is_mine_Nk, all_slots_Nk - places.first_row, -1)
     rows_MD = compute(
         permute(all_x_ND, mine_Nk, num_rows=places.num_rows),
-        _here(places.sent().sum(axis=(0, 1)), fabric),
+        _here(places.pieces().length_XE.sum(axis=0), fabric),
     )
     return _scatter_sum(unpermute(rows_MD, mine_Nk, all_gates_Nk), fabric.axes)
 
@@ -128,7 +166,7 @@ def by_gather(
 def by_all_to_all(
     x_ND: jax.Array,
     gates_Nk: jax.Array,
-    queues: Queues,
+    slots_Nk: jax.Array,
     places: Buffers,
     fabric: Fabric,
     compute: Compute,
@@ -144,18 +182,12 @@ def by_all_to_all(
     Args:
         x_ND: this device's tokens.
         gates_Nk: their weights.
-        queues: their places.
+        slots_Nk: their rows when sent.
         places: where queues lie in buffers.
         fabric: the mesh axes.
         compute: the experts.
         is_fixed: whether all queues are equally long.
     """
-    mine, first_XE = _index(fabric.expert_axes), _first_rows(places)
-    lengths_HE = places.lengths_XHE[mine]
-    starts_HE = first_XE[mine] + jnp.cumsum(lengths_HE, axis=0) - lengths_HE
-    starts_E = starts_HE[_index(fabric.hidden_axes)]
-    slots_Nk = starts_E[queues.experts_Nk] + queues.order_Nk
-    slots_Nk = jnp.where(queues.order_Nk < 0, -1, slots_Nk)
     gathered = (_gather(array, fabric.hidden_axes) for array in (x_ND, gates_Nk, slots_Nk))
     all_x_ND, all_gates_Nk, all_slots_Nk = gathered
     if is_fixed:
@@ -164,13 +196,13 @@ def by_all_to_all(
         send_back = functools.partial(_swap_slots, places, fabric, is_return=True)
     else:
         num_rows = all_slots_Nk.size
-        there, back = _moves(places, first_XE, fabric)
+        there, back = _moves(places, fabric)
         send = functools.partial(move, fabric.expert_axes, there, back, places.num_rows)
         send_back = functools.partial(move, fabric.expert_axes, back, there, num_rows)
     arrived_MD = send(permute(all_x_ND, all_slots_Nk, num_rows=num_rows))
     gates_PL = jnp.broadcast_to(all_gates_Nk.reshape(-1, 1), (all_gates_Nk.size, _LANES))
     gates_ML = send(permute(gates_PL, all_slots_Nk.reshape(-1, 1), num_rows=num_rows))
-    sizes_E = _here(places.sent().sum(axis=(0, 1)), fabric)
+    sizes_E = _here(places.pieces().length_XE.sum(axis=0), fabric)
     rows_MD = send_back(compute(arrived_MD, sizes_E, gates_ML[:, 0]))
     return _scatter_sum(unpermute(rows_MD, all_slots_Nk, None), fabric.hidden_axes)
 
@@ -181,16 +213,18 @@ def _first_rows(places: Buffers) -> jax.Array:
     return jnp.cumsum(lengths_XE, axis=1) - lengths_XE
 
 
-def _moves(places: Buffers, first_XE: jax.Array, fabric: Fabric) -> tuple[Moves, Moves]:
+def _moves(places: Buffers, fabric: Fabric) -> tuple[Moves, Moves]:
     """Which rows go where: a piece for every shard's every expert; and how outputs come back."""
     mine, shards = _index(fabric.expert_axes), fabric.expert_shards
+    pieces = places.pieces()
+    from_XE = _first_rows(places) + pieces.begin_XE
 
     def for_my_experts(x_XE: jax.Array) -> jax.Array:
         return x_XE.reshape(shards, shards, -1)[:, mine].reshape(-1)
 
-    sent_XE, starts_XE = places.sent().sum(axis=1), places.starts_XHE[:, 0]
-    there = Moves(first_XE[mine], sent_XE[mine], starts_XE[mine], for_my_experts(sent_XE))
-    back = Moves(for_my_experts(starts_XE), there.received, for_my_experts(first_XE), there.sent)
+    sent_XE, place_XE = pieces.length_XE, pieces.place_XE
+    there = Moves(from_XE[mine], sent_XE[mine], place_XE[mine], for_my_experts(sent_XE))
+    back = Moves(for_my_experts(place_XE), there.received, for_my_experts(from_XE), there.sent)
     return there, back
 
 

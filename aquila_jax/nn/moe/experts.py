@@ -13,8 +13,9 @@ from aquila_jax.kernels import grouped_matmul
 from aquila_jax.nn.layers import gated_units, project
 from aquila_jax.sharding import Layout
 
-# An array of hidden units that a device may hold at once, in bytes.
-_PART_BYTES = 2**30
+# Bytes of hidden units that a device may hold at once: more than the first only where they are of
+# no more units than the residual has channels, since every part goes over all outputs once more.
+_PART_BYTES, _MOST_PART_BYTES = 2**28, 2**30
 _LANES = 128
 
 
@@ -127,9 +128,13 @@ def on_sorted_rows(
 
 def _parts(rows_MD: jax.Array, hidden_dim: int) -> int:
     """The fewest parts that are small enough, of whole tiles of matrix products."""
-    whole = rows_MD.shape[0] * hidden_dim * rows_MD.dtype.itemsize
+    num_rows, embed_dim = rows_MD.shape
     number = 1
-    while whole / number > _PART_BYTES and hidden_dim % (2 * number * _LANES) == 0:
+    while hidden_dim % (2 * number * _LANES) == 0:
+        units = hidden_dim // number
+        size = num_rows * units * rows_MD.dtype.itemsize
+        if size <= (_PART_BYTES if units > embed_dim else _MOST_PART_BYTES):
+            break
         number *= 2
     return number
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from aquila_jax.axes import SHARED_MLP
 from aquila_jax.config import ModelConfig
-from aquila_jax.nn.layers import declare, gated_mlp
+from aquila_jax.nn.layers import declare, gated_mlp, weights
 from aquila_jax.nn.moe.experts import Weights
 from aquila_jax.nn.moe.mixing import mix
 from aquila_jax.nn.moe.settings import DEFAULT_DISPATCH, Dispatch
@@ -54,15 +54,15 @@ class MixtureOfExperts(nn.Module):
         bias_E = jnp.zeros(config.num_experts, router_DE.dtype)
         if config.router_bias:
             bias_E = declare(self, config, "layers/moe/router_bias")
-        weights = Weights(
+        experts = Weights(
             *(
-                declare(self, config, f"layers/moe/{name}").astype(self.dtype)
+                weights(self, config, f"layers/moe/{name}", self.dtype)
                 for name in ("gate", "up", "down")
             )
         )
         x_BTD = x_BTD.astype(self.dtype)
         out_BTD, report = mix(
-            config, self.dispatch, x_BTD, logits_BTE, is_token_BT, bias_E, weights, self.layout
+            config, self.dispatch, x_BTD, logits_BTE, is_token_BT, bias_E, experts, self.layout
         )
         for name, value in report._asdict().items():
             # Linen's sow collects a tuple of every call; there is one call, so keep its value.
@@ -78,7 +78,7 @@ class MixtureOfExperts(nn.Module):
 
     def _shared_expert(self, x_BTD: jax.Array) -> jax.Array:
         gate_DS, up_DS, down_SD = (
-            declare(self, self.config, f"layers/moe/shared_{name}").astype(self.dtype)
+            weights(self, self.config, f"layers/moe/shared_{name}", self.dtype)
             for name in ("gate", "up", "down")
         )
         out_BTD = gated_mlp(x_BTD, gate_DS, up_DS, down_SD, SHARED_MLP, self.layout)

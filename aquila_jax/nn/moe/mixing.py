@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from aquila_jax.axes import BATCH, EMBED, EXPERT_MLP, EXPERTS
@@ -14,12 +15,14 @@ from aquila_jax.config import ModelConfig
 from aquila_jax.errors import UserError
 from aquila_jax.kernels import Backend, Routed, Scores, route
 from aquila_jax.nn.moe.exchange import (
+    Buffers,
     Fabric,
     buffers,
     by_all_to_all,
     by_gather,
     on_one_device,
     slots_in_buffers,
+    slots_when_sent,
 )
 from aquila_jax.nn.moe.experts import (
     Shards,
@@ -29,10 +32,14 @@ from aquila_jax.nn.moe.experts import (
     on_sorted_rows,
 )
 from aquila_jax.nn.moe.queues import Queues, capacity_of, endless, limited, renormalised
+from aquila_jax.nn.moe.rounds import sum_of_rounds
 from aquila_jax.nn.moe.router import Report, Sums, report, sums_of
 from aquila_jax.nn.moe.settings import Dispatch
 from aquila_jax.nn.moe.traffic import cheapest
 from aquila_jax.sharding import Layout
+
+# Below this, room is cheap and a round is not: of a few tokens all may go to one device.
+_FEWEST_ROWS = 1024
 
 
 def mix(
@@ -77,13 +84,14 @@ def mix(
             config, dispatch, x_BTD, logits_BTE, is_token_BT, bias_E, weights, layout
         )
     if layout is None:
-        body = functools.partial(mix_shard, config, dispatch, Fabric(), ())
+        body = functools.partial(mix_shard, config, dispatch, Fabric(), (), ())
         out_BTD, sums = body(x_BTD, logits_BTE, is_token_BT, bias_E, *weights)
         device_groups = 1
     else:
         fabric = fabric_of(layout, dispatch, config.experts_per_token)
         embed_axes = (axis for axis in layout.mesh_axes(EMBED) if axis not in fabric.expert_axes)
-        body = functools.partial(mix_shard, config, dispatch, fabric, tuple(embed_axes))
+        names = tuple(embed_axes), tuple(layout.mesh.axis_names)
+        body = functools.partial(mix_shard, config, dispatch, fabric, *names)
         tokens, matrix = (BATCH, EXPERT_MLP), (EXPERTS, EMBED, EXPERT_MLP)
         wide = (*tokens, None)
         specs: list[Any] = [wide if name.endswith("E") else tokens for name in Sums._fields]
@@ -185,6 +193,7 @@ def mix_shard(
     dispatch: Dispatch,
     fabric: Fabric,
     embed_axes: tuple[str, ...],
+    mesh_axes: tuple[str, ...],
     x_BTD: jax.Array,
     logits_BTE: jax.Array,
     is_token_BT: jax.Array,
@@ -195,15 +204,52 @@ def mix_shard(
 ) -> tuple[jax.Array, Sums]:
     """`mix` on one device's tokens and experts.
 
-    Weights are split over `embed_axes`, and gathered for use.
+    Weights are split over `embed_axes` of all `mesh_axes`, and gathered for use.
     """
-    weights = Shards(gate_EDF, up_EDF, down_EFD, embed_axes)
-    k, is_fixed = config.experts_per_token, dispatch.strategy == "capacity"
+    k = config.experts_per_token
     routed = _route(config, dispatch, logits_BTE, is_token_BT, bias_E)
     queues = _queues(config, dispatch, routed, is_token_BT.reshape(-1))
-    num_rows = _num_rows(config, dispatch, fabric, routed.gates_Nk.shape[0])
+    num_tokens = routed.gates_Nk.shape[0]
+    num_rows = _num_rows(config, dispatch, fabric, num_tokens)
     places = buffers(queues, fabric, num_rows)
     slots_Nk = slots_in_buffers(queues, places, fabric)
+    is_sent = fabric.expert_axes and fabric.exchange == "all_to_all"
+    one_round = functools.partial(_one_round, dispatch, fabric, embed_axes, num_rows)
+    arrays = (
+        x_BTD.reshape(-1, x_BTD.shape[-1]),
+        queues.gates_Nk * config.router_scale,
+        Weights(gate_EDF, up_EDF, down_EFD),
+    )
+    where = (
+        queues.experts_Nk,
+        slots_when_sent(queues, places, fabric) if is_sent else slots_Nk,
+        places.lengths_XHE,
+        places.starts_XHE,
+    )
+    if num_rows >= _most_rows(config, dispatch, fabric, num_tokens):
+        out_ND = one_round(0, arrays, where)
+    else:
+        # Other devices may need more rounds, and wait in them for this one's part of the weights.
+        rounds = lax.pmax(places.rounds(fabric), mesh_axes)
+        out_ND = sum_of_rounds(one_round, rounds, arrays, where)
+    sums = sums_of(logits_BTE, is_token_BT, routed, queues, slots_Nk, k)
+    return out_ND.reshape(x_BTD.shape), sums
+
+
+def _one_round(
+    dispatch: Dispatch,
+    fabric: Fabric,
+    embed_axes: tuple[str, ...],
+    num_rows: int,
+    number: Any,
+    arrays: tuple[jax.Array, jax.Array, Weights],
+    where: tuple[jax.Array, ...],
+) -> jax.Array:
+    """What the rows of one round add to the outputs of this device's tokens."""
+    x_ND, gates_Nk, matrices = arrays
+    experts_Nk, slots_Nk, lengths_XHE, starts_XHE = where
+    places = Buffers(lengths_XHE, starts_XHE, num_rows, number * num_rows)
+    weights, is_fixed = Shards(*matrices, embed_axes), dispatch.strategy == "capacity"
 
     def compute(
         rows_MD: jax.Array, sizes_E: jax.Array, gates_M: jax.Array | None = None
@@ -212,16 +258,11 @@ def mix_shard(
             return on_slots(rows_MD, weights, gates_M)
         return on_sorted_rows(rows_MD, weights, sizes_E, gates_M)
 
-    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    gates_Nk = queues.gates_Nk * config.router_scale
     if not fabric.axes:
-        out_ND = on_one_device(x_ND, gates_Nk, slots_Nk, places, compute)
-    elif fabric.exchange == "gather" or not fabric.expert_axes:
-        out_ND = by_gather(x_ND, gates_Nk, queues.experts_Nk, slots_Nk, places, fabric, compute)
-    else:
-        out_ND = by_all_to_all(x_ND, gates_Nk, queues, places, fabric, compute, is_fixed=is_fixed)
-    sums = sums_of(logits_BTE, is_token_BT, routed, queues, slots_Nk, k)
-    return out_ND.reshape(x_BTD.shape), sums
+        return on_one_device(x_ND, gates_Nk, slots_Nk, places, compute)
+    if fabric.exchange == "gather" or not fabric.expert_axes:
+        return by_gather(x_ND, gates_Nk, experts_Nk, slots_Nk, places, fabric, compute)
+    return by_all_to_all(x_ND, gates_Nk, slots_Nk, places, fabric, compute, is_fixed=is_fixed)
 
 
 def _falls_back(config: ModelConfig, dispatch: Dispatch) -> bool:
@@ -281,13 +322,17 @@ def filled_share(config: ModelConfig, dispatch: Dispatch, layout: Layout) -> flo
 
 
 def _num_rows(config: ModelConfig, dispatch: Dispatch, fabric: Fabric, num_tokens: int) -> int:
-    """M: rows that a device makes room for, when sources have `num_tokens` each."""
+    """M: rows that a device makes room for at once, when sources have `num_tokens` each."""
+    most = _most_rows(config, dispatch, fabric, num_tokens)
+    if dispatch.strategy == "capacity" or not dispatch.buffer_factor or fabric.expert_shards == 1:
+        return most
+    average = num_tokens * fabric.num_sources * config.experts_per_token / fabric.expert_shards
+    return min(most, max(math.ceil(dispatch.buffer_factor * average), _FEWEST_ROWS))
+
+
+def _most_rows(config: ModelConfig, dispatch: Dispatch, fabric: Fabric, num_tokens: int) -> int:
+    """As many as can be sent to one device."""
     experts_here = config.num_experts // fabric.expert_shards
     if dispatch.strategy == "capacity":
         return _capacity(config, dispatch, num_tokens) * fabric.num_sources * experts_here
-    num_tokens *= fabric.num_sources
-    most = num_tokens * min(config.experts_per_token, experts_here)
-    if not dispatch.buffer_factor or fabric.expert_shards == 1:
-        return most
-    average = num_tokens * config.experts_per_token / fabric.expert_shards
-    return min(most, math.ceil(dispatch.buffer_factor * average))
+    return num_tokens * fabric.num_sources * min(config.experts_per_token, experts_here)

@@ -31,8 +31,10 @@ class Dispatch:
         overflow: of "capacity": whether a token that found an expert full tries its next best one
             beyond its k.
         buffer_factor: of "dropless" with experts on several devices: rows a device makes room
-            for, as a multiple of the average; what comes beyond is dropped, and counted. 0 makes
-            room for all that can come.
+            for at once, as a multiple of the average. Where one gets more, all go through another
+            round, which gathers the experts' weights once more; nothing is dropped. The backward
+            pass then computes a round again rather than keep it. 0 makes room for all that can
+            come, which is one round whatever happens.
         balance: over what the load-balancing loss asks for balance: the whole batch ("global"),
             the rows of one device ("device"), or every row ("sequence").
         jitter: while training, the router sees every input times a number drawn from
@@ -46,7 +48,7 @@ class Dispatch:
     exchange: str = "auto"
     capacity_factor: float = 1.25
     overflow: bool = False
-    buffer_factor: float = 0.0
+    buffer_factor: float = 1.5
     balance: str = "global"
     jitter: float = 0.0
 
@@ -76,7 +78,7 @@ class Dispatch:
     def without_drops(self) -> "Dispatch":
         """The same for measuring and generating: nothing is dropped, whatever training does."""
         strategy = "dropless" if self.strategy == "capacity" else self.strategy
-        return dataclasses.replace(self, strategy=strategy, buffer_factor=0.0, jitter=0.0)
+        return dataclasses.replace(self, strategy=strategy, jitter=0.0)
 
 
 DEFAULT_DISPATCH = Dispatch()

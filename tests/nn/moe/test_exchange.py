@@ -43,19 +43,33 @@ def expected(found, x, slots):
     return np.asarray(x) * np.where(np.asarray(slots) >= 0, weights, 0).sum(1)[:, None]
 
 
-@pytest.mark.parametrize("num_rows", [N * K, N * K - 7, N * K + 8])
-def test_what_finds_room_is_computed_by_its_expert_and_what_does_not_is_left_out(num_rows):
+@pytest.mark.parametrize("num_rows", [N * K, N * K - 7, 10, N * K + 8])
+def test_rounds_bring_every_row_once_and_their_outputs_add_up(num_rows):
     found, x = draw()
     queues = endless(found)
     places = buffers(queues, ALONE, num_rows)
     slots = slots_in_buffers(queues, places, ALONE)
-    assert (np.asarray(slots) < 0).sum() == max(0, N * K - num_rows)
-    assert int(places.sent().sum()) == min(N * K, num_rows)
-    wanted = expected(found, x, slots)
-    alone = on_one_device(x, found.gates_Nk, slots, places, compute)
-    gathered = by_gather(x, found.gates_Nk, found.experts_Nk, slots, places, ALONE, compute)
-    for out in (alone, gathered):
-        np.testing.assert_allclose(out, wanted, rtol=2e-6, atol=1e-6)
+    assert sorted(np.asarray(slots).ravel().tolist()) == list(range(N * K))
+    rounds = int(places.rounds(ALONE))
+    assert rounds == -(-N * K // num_rows)
+    out, brought = np.zeros_like(x), np.zeros(E, int)
+    for number in range(rounds):
+        part = places._replace(first_row=number * num_rows)
+        pieces = part.pieces()
+        assert int(pieces.length_XE.sum()) == min(num_rows, N * K - number * num_rows)
+        brought += np.asarray(pieces.length_XE.sum(axis=0))
+        out += by_gather(x, found.gates_Nk, found.experts_Nk, slots, part, ALONE, compute)
+    np.testing.assert_array_equal(brought, found.counts_E)
+    np.testing.assert_allclose(out, expected(found, x, slots), rtol=2e-6, atol=1e-6)
+
+
+def test_alone_no_round_is_needed():
+    found, x = draw()
+    queues = endless(found)
+    places = buffers(queues, ALONE, N * K)
+    slots = slots_in_buffers(queues, places, ALONE)
+    out = on_one_device(x, found.gates_Nk, slots, places, compute)
+    np.testing.assert_allclose(out, expected(found, x, slots), rtol=2e-6, atol=1e-6)
 
 
 def test_fixed_slots_lie_one_experts_after_the_others():
