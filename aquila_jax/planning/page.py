@@ -89,7 +89,7 @@ def _traffic(plan: Plan) -> Iterator[str]:
     )
     yield from table(("collective", "along", "count", "ICI, GB", "DCN, GB"), rows)
     if plan.unknown_loops:
-        yield f"  {plan.unknown_loops} loops of unknown length counted once"
+        yield f"  {plan.unknown_loops} loops of unknown length (a mixture's rounds) counted once"
 
 
 def _time(plan: Plan) -> Iterator[str]:

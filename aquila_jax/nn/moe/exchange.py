@@ -52,6 +52,11 @@ class Fabric(NamedTuple):
         """A = X H."""
         return self.expert_shards * self.hidden_shards
 
+    @property
+    def sends_rows(self) -> bool:
+        """Whether rows go to their expert's device, rather than all tokens to all."""
+        return bool(self.expert_axes) and self.exchange == "all_to_all"
+
 
 class Buffers(NamedTuple):
     """Where everything lies in the buffers of all devices; the same numbers on all sources.
@@ -62,13 +67,13 @@ class Buffers(NamedTuple):
         lengths_XHE: int32 length of every source's queue for every expert.
         starts_XHE: where that queue begins among all rows for the expert's device.
         num_rows: M.
-        first_row: the first of them that comes in this round.
+        first_row: of all rows for a device, the first that comes in this round.
     """
 
     lengths_XHE: jax.Array
     starts_XHE: jax.Array
     num_rows: int
-    first_row: Any = 0
+    first_row: int | jax.Array = 0
 
     def pieces(self) -> "Pieces":
         """What comes in this round: of the queues of all of a shard's devices together."""
@@ -110,7 +115,7 @@ def buffers(queues: Queues, fabric: Fabric, num_rows: int) -> Buffers:
     return Buffers(lengths_AE.reshape(shape), starts_AE.reshape(shape), num_rows)
 
 
-def slots_in_buffers(queues: Queues, places: Buffers, fabric: Fabric) -> jax.Array:
+def slots_when_received(queues: Queues, places: Buffers, fabric: Fabric) -> jax.Array:
     """Each pair's row among those for its expert's device; -1 where it is dropped."""
     starts_E = places.starts_XHE[_index(fabric.expert_axes), _index(fabric.hidden_axes)]
     return _slots(queues, starts_E)

@@ -109,8 +109,8 @@ def on_sorted_rows(
         gates_M: by what outputs are multiplied, if by anything.
         parts: into how many parts hidden units are cut, which are computed one after the other,
             and again for the backward pass, so that a part's units stand in memory and no more.
-            None for as many as keep an array of them under 1 GiB; 1 without gates, whose
-            gradients would ask for whole outputs.
+            None for as many as `_PART_BYTES` asks for; 1 without gates, whose gradients would
+            ask for whole outputs.
     """
 
     def add(out_MD: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:

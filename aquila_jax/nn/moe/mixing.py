@@ -21,7 +21,7 @@ from aquila_jax.nn.moe.exchange import (
     by_all_to_all,
     by_gather,
     on_one_device,
-    slots_in_buffers,
+    slots_when_received,
     slots_when_sent,
 )
 from aquila_jax.nn.moe.experts import (
@@ -84,14 +84,13 @@ def mix(
             config, dispatch, x_BTD, logits_BTE, is_token_BT, bias_E, weights, layout
         )
     if layout is None:
-        body = functools.partial(mix_shard, config, dispatch, Fabric(), (), ())
+        body = functools.partial(mix_shard, config, dispatch, Fabric(), ())
         out_BTD, sums = body(x_BTD, logits_BTE, is_token_BT, bias_E, *weights)
         device_groups = 1
     else:
         fabric = fabric_of(layout, dispatch, config.experts_per_token)
         embed_axes = (axis for axis in layout.mesh_axes(EMBED) if axis not in fabric.expert_axes)
-        names = tuple(embed_axes), tuple(layout.mesh.axis_names)
-        body = functools.partial(mix_shard, config, dispatch, fabric, *names)
+        body = functools.partial(mix_shard, config, dispatch, fabric, tuple(embed_axes))
         tokens, matrix = (BATCH, EXPERT_MLP), (EXPERTS, EMBED, EXPERT_MLP)
         wide = (*tokens, None)
         specs: list[Any] = [wide if name.endswith("E") else tokens for name in Sums._fields]
@@ -193,7 +192,6 @@ def mix_shard(
     dispatch: Dispatch,
     fabric: Fabric,
     embed_axes: tuple[str, ...],
-    mesh_axes: tuple[str, ...],
     x_BTD: jax.Array,
     logits_BTE: jax.Array,
     is_token_BT: jax.Array,
@@ -204,7 +202,7 @@ def mix_shard(
 ) -> tuple[jax.Array, Sums]:
     """`mix` on one device's tokens and experts.
 
-    Weights are split over `embed_axes` of all `mesh_axes`, and gathered for use.
+    Weights are split over `embed_axes`, and gathered for use.
     """
     k = config.experts_per_token
     routed = _route(config, dispatch, logits_BTE, is_token_BT, bias_E)
@@ -212,8 +210,7 @@ def mix_shard(
     num_tokens = routed.gates_Nk.shape[0]
     num_rows = _num_rows(config, dispatch, fabric, num_tokens)
     places = buffers(queues, fabric, num_rows)
-    slots_Nk = slots_in_buffers(queues, places, fabric)
-    is_sent = fabric.expert_axes and fabric.exchange == "all_to_all"
+    slots_Nk = slots_when_received(queues, places, fabric)
     one_round = functools.partial(_one_round, dispatch, fabric, embed_axes, num_rows)
     arrays = (
         x_BTD.reshape(-1, x_BTD.shape[-1]),
@@ -222,15 +219,16 @@ def mix_shard(
     )
     where = (
         queues.experts_Nk,
-        slots_when_sent(queues, places, fabric) if is_sent else slots_Nk,
+        slots_when_sent(queues, places, fabric) if fabric.sends_rows else slots_Nk,
         places.lengths_XHE,
         places.starts_XHE,
     )
     if num_rows >= _most_rows(config, dispatch, fabric, num_tokens):
         out_ND = one_round(0, arrays, where)
     else:
-        # Other devices may need more rounds, and wait in them for this one's part of the weights.
-        rounds = lax.pmax(places.rounds(fabric), mesh_axes)
+        # Devices with other tokens may need more, and wait in them for this one's part of weights.
+        rounds = places.rounds(fabric)
+        rounds = lax.pmax(rounds, embed_axes) if embed_axes else rounds
         out_ND = sum_of_rounds(one_round, rounds, arrays, where)
     sums = sums_of(logits_BTE, is_token_BT, routed, queues, slots_Nk, k)
     return out_ND.reshape(x_BTD.shape), sums
@@ -260,9 +258,9 @@ def _one_round(
 
     if not fabric.axes:
         return on_one_device(x_ND, gates_Nk, slots_Nk, places, compute)
-    if fabric.exchange == "gather" or not fabric.expert_axes:
-        return by_gather(x_ND, gates_Nk, experts_Nk, slots_Nk, places, fabric, compute)
-    return by_all_to_all(x_ND, gates_Nk, slots_Nk, places, fabric, compute, is_fixed=is_fixed)
+    if fabric.sends_rows:
+        return by_all_to_all(x_ND, gates_Nk, slots_Nk, places, fabric, compute, is_fixed=is_fixed)
+    return by_gather(x_ND, gates_Nk, experts_Nk, slots_Nk, places, fabric, compute)
 
 
 def _falls_back(config: ModelConfig, dispatch: Dispatch) -> bool:
@@ -312,7 +310,7 @@ def _capacity(config: ModelConfig, dispatch: Dispatch, num_tokens: int) -> int:
 
 
 def filled_share(config: ModelConfig, dispatch: Dispatch, layout: Layout) -> float:
-    """Which part of the rows that devices make room for is filled, when nothing is dropped."""
+    """Which part of the rows that devices make room for is filled by a long, balanced batch."""
     if not config.is_moe or dispatch.strategy != "dropless":
         return 1.0
     fabric, tokens = fabric_of(layout, dispatch, config.experts_per_token), 2**16

@@ -13,7 +13,7 @@ from aquila_jax.nn.moe.exchange import (
     buffers,
     by_gather,
     on_one_device,
-    slots_in_buffers,
+    slots_when_received,
 )
 from aquila_jax.nn.moe.queues import endless, limited
 
@@ -48,7 +48,7 @@ def test_rounds_bring_every_row_once_and_their_outputs_add_up(num_rows):
     found, x = draw()
     queues = endless(found)
     places = buffers(queues, ALONE, num_rows)
-    slots = slots_in_buffers(queues, places, ALONE)
+    slots = slots_when_received(queues, places, ALONE)
     assert sorted(np.asarray(slots).ravel().tolist()) == list(range(N * K))
     rounds = int(places.rounds(ALONE))
     assert rounds == -(-N * K // num_rows)
@@ -63,11 +63,11 @@ def test_rounds_bring_every_row_once_and_their_outputs_add_up(num_rows):
     np.testing.assert_allclose(out, expected(found, x, slots), rtol=2e-6, atol=1e-6)
 
 
-def test_alone_no_round_is_needed():
+def test_alone_one_round_has_all():
     found, x = draw()
     queues = endless(found)
     places = buffers(queues, ALONE, N * K)
-    slots = slots_in_buffers(queues, places, ALONE)
+    slots = slots_when_received(queues, places, ALONE)
     out = on_one_device(x, found.gates_Nk, slots, places, compute)
     np.testing.assert_allclose(out, expected(found, x, slots), rtol=2e-6, atol=1e-6)
 
@@ -77,7 +77,7 @@ def test_fixed_slots_lie_one_experts_after_the_others():
     capacity = 9
     queues = limited(found, jnp.ones(N, bool), K, capacity)
     places = buffers(queues, ALONE, E * capacity)
-    slots = np.asarray(slots_in_buffers(queues, places, ALONE))
+    slots = np.asarray(slots_when_received(queues, places, ALONE))
     kept = slots >= 0
     assert 0 < (~kept).sum() < N * K
     np.testing.assert_array_equal(slots[kept] // capacity, np.asarray(found.experts_Nk)[kept])

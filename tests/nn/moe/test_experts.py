@@ -141,3 +141,19 @@ def test_hidden_units_are_cut_until_they_are_few_enough(monkeypatch):
 
     assert widths(jnp.ones(M)) == {256}
     assert widths(None) == {1024}
+
+
+@pytest.mark.parametrize(("most", "width"), [(4 * M * 512, 512), (4 * M * 256, 256)])
+def test_units_no_more_than_channels_are_cut_only_where_they_are_too_many(monkeypatch, most, width):
+    monkeypatch.setattr("aquila_jax.nn.moe.experts._PART_BYTES", 1)
+    monkeypatch.setattr("aquila_jax.nn.moe.experts._MOST_PART_BYTES", most)
+    channels, units = 512, 1024
+    wide = jnp.zeros((E, channels, units))
+    weights = Shards(wide, wide, wide.swapaxes(1, 2))
+
+    def compute(rows_MD):
+        return on_sorted_rows(rows_MD, weights, jnp.asarray(SIZES), jnp.ones(M))
+
+    text = str(jax.make_jaxpr(compute)(jnp.zeros((M, channels))))
+    cut = {w for w in (512, 256, 128) if f"f32[{E},{channels},{w}]" in text}
+    assert cut == {width}

@@ -120,26 +120,50 @@ def test_overflow_serves_at_the_next_best_expert_what_the_best_had_no_room_for(m
     assert kept.dropped_fraction < lost.dropped_fraction
 
 
-@pytest.mark.parametrize("exchange", ["all_to_all", "gather"])
-@pytest.mark.parametrize("mesh", [SPREAD, MeshShape(expert=4, model=2)], ids=["rows", "units"])
-def test_what_finds_no_room_comes_in_another_round(mixture, exchange, mesh, monkeypatch):
-    """Room for the average: a favourite expert's device needs more, and all wait for it."""
+def skewed(mixture, k, favourite):
+    """The mixture with k choices, of which half of the batch makes one alike."""
+    config, ((x_BTD, logits_BTE, weights), *rest) = mixture
+    logits_BTE = logits_BTE.copy()
+    logits_BTE[: B // 2, :, favourite] += 50
+    config = dataclasses.replace(config, experts_per_token=k)
+    return config, ((x_BTD, logits_BTE, weights), *rest)
+
+
+MESHES = {
+    "rows": SPREAD,
+    "units": MeshShape(expert=4, model=2),
+    # Tokens of one half need more rounds than the others, and each has half of all weights.
+    "weights": MeshShape(data=1, fsdp=2, expert=4),
+}
+ROUNDS = [(exchange, 1, mesh) for exchange in ("all_to_all", "gather") for mesh in MESHES]
+
+
+@pytest.mark.parametrize(("exchange", "k", "mesh"), [*ROUNDS, ("all_to_all", 2, "rows")])
+def test_what_finds_no_room_comes_in_further_rounds(mixture, exchange, k, mesh, monkeypatch):
+    """Room for the average; of one choice each, one device gets up to four times that."""
     monkeypatch.setattr(mixing, "_FEWEST_ROWS", 1)
     tight = Dispatch(exchange=exchange, buffer_factor=1.0)
-    found, expected = evaluate(mixture, tight, mesh), evaluate(mixture, REFERENCE)
-    assert found[0][1][1].load_E.max() > 1.2 / E
+    chosen = skewed(mixture, k, favourite=2)
+    found, expected = evaluate(chosen, tight, MESHES[mesh]), evaluate(chosen, REFERENCE)
     assert found[0][1][1].dropped_fraction == 0
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), found, expected
     )
 
 
-def test_few_rows_come_in_one_round_wherever_they_go(mixture):
+def test_few_rows_come_in_one_round_wherever_they_go(mixture, monkeypatch):
     """A token at a time, as texts are generated, would pay for each round with all weights."""
-    config, (differentiable, is_token_BT, by_BTD) = mixture
-    traced = function(config, Dispatch(exchange="all_to_all", buffer_factor=1.0), SPREAD)
-    program = traced.trace(differentiable, is_token_BT, by_BTD).jaxpr
-    assert "pmax" not in str(program)
+
+    def loops(factor):
+        config, arguments = mixture
+        dispatch = Dispatch(exchange="all_to_all", buffer_factor=factor)
+        program = function.__wrapped__(config, dispatch, SPREAD).trace(*arguments).jaxpr
+        return str(program).count("while[")
+
+    in_one_round = loops(0.0)
+    assert loops(1.0) == in_one_round
+    monkeypatch.setattr(mixing, "_FEWEST_ROWS", 1)
+    assert loops(1.0) > in_one_round == loops(0.0)
 
 
 @pytest.mark.parametrize(
