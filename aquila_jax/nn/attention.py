@@ -72,7 +72,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        turned: Rotation,
+        angles: Rotation,
         segment_ids_BT: Int[Array, "B T"],
         sees_cached_BTS: Bool[Array, "B T S"] | None = None,
     ) -> Float[Array, "B T D"]:
@@ -86,8 +86,8 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             query_BTNH = self._normalise(query_BTNH, "query_norm")
             key_BTKH = self._normalise(key_BTKH, "key_norm")
-        query_BTNH = checkpoint_name(rotary(query_BTNH, turned), QUERY)
-        key_BTKH = rotary(key_BTKH, turned)
+        query_BTNH = checkpoint_name(rotary(query_BTNH, angles), QUERY)
+        key_BTKH = rotary(key_BTKH, angles)
         key_BTKH, value_BTKH = checkpoint_name(key_BTKH, KEY), checkpoint_name(value_BTKH, VALUE)
         if self.is_mutable_collection(KEY_VALUE) and not self.is_initializing():
             self.put_variable(KEY_VALUE, "key", key_BTKH)

@@ -48,7 +48,7 @@ class Group(nn.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        turned: Rotation,
+        angles: Rotation,
         segment_ids_BT: Int[Array, "B T"],
         sees_cached_BTS: Bool[Array, "B T S"] | None = None,
     ) -> tuple[Float[Array, "B T D"], None]:
@@ -57,7 +57,7 @@ class Group(nn.Module):
         dense = scanned(self.block, self.config.moe_every - 1)
         for layers, has_experts, name in ((dense, False, "dense"), (self.block, True, "mixture")):
             layer = layers(self.config, self.dtype, has_experts, *placed, name=name)
-            x_BTD, _ = layer(x_BTD, turned, segment_ids_BT, sees_cached_BTS)
+            x_BTD, _ = layer(x_BTD, angles, segment_ids_BT, sees_cached_BTS)
         return x_BTD, None
 
 

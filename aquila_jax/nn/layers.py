@@ -190,18 +190,18 @@ def rotation(
     """The angles of each token's position in its document, for activations of `dtype`."""
     wide = jnp.promote_types(dtype, jnp.float32)
     frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    angles = positions_BT.astype(wide)[:, :, None, None] * jnp.asarray(frequencies, wide)
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+    radians = positions_BT.astype(wide)[:, :, None, None] * jnp.asarray(frequencies, wide)
+    return Rotation(jnp.cos(radians), jnp.sin(radians))
 
 
-def rotary(x_BTNH: Float[Array, "B T N H"], turned: Rotation) -> Float[Array, "B T N H"]:
+def rotary(x_BTNH: Float[Array, "B T N H"], angles: Rotation) -> Float[Array, "B T N H"]:
     """Rotary positions (arXiv 2104.09864) in the half-split layout: i turns with i + H / 2.
 
     Args:
         x_BTNH: queries or keys.
-        turned: by what.
+        angles: by which.
     """
-    cos, sin = turned
+    cos, sin = angles
     first, second = jnp.split(x_BTNH.astype(cos.dtype), 2, axis=-1)
     out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return out.astype(x_BTNH.dtype)

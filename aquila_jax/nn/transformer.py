@@ -56,7 +56,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        turned: Rotation,
+        angles: Rotation,
         segment_ids_BT: Int[Array, "B T"],
         sees_cached_BTS: Bool[Array, "B T S"] | None = None,
     ) -> tuple[Float[Array, "B T D"], None]:
@@ -64,7 +64,7 @@ class Block(nn.Module):
         config, dtype, layout = self.config, self.dtype, self.layout
         norm = RMSNorm(config, "layers/pre_attention_norm/scale", name="pre_attention_norm")
         attention = Attention(config, dtype, layout, name="attention")
-        x_BTD += attention(norm(x_BTD), turned, segment_ids_BT, sees_cached_BTS)
+        x_BTD += attention(norm(x_BTD), angles, segment_ids_BT, sees_cached_BTS)
         if layout is not None:
             x_BTD = layout.constrain_residual(x_BTD)
         normalised_BTD = RMSNorm(config, "layers/pre_mlp_norm/scale", name="pre_mlp_norm")(x_BTD)
@@ -174,9 +174,9 @@ class Transformer(nn.Module):
         if self.has_variable(CACHE, "segment_ids"):
             cached_BS = self.get_variable(CACHE, "segment_ids")
             sees_cached_BTS = segment_ids_BT[:, :, None] == cached_BS[:, None, :]
-        turned = rotation(self.config, positions_BT, self.dtype)
+        angles = rotation(self.config, positions_BT, self.dtype)
         for layers in self._layers():
-            x_BTD, _ = layers(x_BTD, turned, segment_ids_BT, sees_cached_BTS)
+            x_BTD, _ = layers(x_BTD, angles, segment_ids_BT, sees_cached_BTS)
         x_BTD = RMSNorm(self.config, "final_norm/scale", name="final_norm")(x_BTD)
         kernel = embedding_VD
         if not self.config.tie_embeddings:
