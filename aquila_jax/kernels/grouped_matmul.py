@@ -6,6 +6,7 @@ many times too much as there are groups.
 """
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -22,8 +23,9 @@ from aquila_jax.kernels.megablox import weigh as megablox_weigh
 GroupedBackend = Literal["auto", "ragged", "tiles", "megablox", "interpret"]
 """How to compute; `interpret` carries megablox's kernels out on a CPU, to test them."""
 
-# Rows of tiles on a CPU.
-_TILES = (512, 128, 32)
+# Rows of tiles on a CPU. XLA lays a matrix out anew for every product, so that a group wants to be
+# one tile, of few rows too many; every size is compiled.
+_TILES = (32, 64, 96, 128, 160, 224, 288, 384, 512)
 
 _MEGABLOX_DTYPES = (jnp.bfloat16, jnp.float32)
 
@@ -141,42 +143,38 @@ def _ragged_weigh(rows_MD: jax.Array, gradient_MF: jax.Array, sizes_E: jax.Array
     return out_EDF.astype(rows_MD.dtype)
 
 
-def _tiles(num_rows: int) -> list[int]:
-    """Rows of tiles, largest first.
-
-    XLA lays a matrix out anew for every product, so that few large tiles are fast, and small ones
-    only spare rows: a tile is taken once more where three quarters of it are needed.
-    """
-    return [tile for tile in _TILES if tile <= max(num_rows, _TILES[-1])]
+def _tiles(num_rows: int) -> tuple[int, ...]:
+    """Rows of tiles, smallest first; all fit into the rows there are."""
+    return tuple(tile for tile in _TILES if tile <= num_rows) or (num_rows,)
 
 
 def _over_tiles(
-    num_rows: int,
+    tiles: tuple[int, ...],
     group: tuple[jax.Array, jax.Array],
-    add: Callable[[int, jax.Array, jax.Array], jax.Array],
     out: jax.Array,
+    begin: Callable[[int, jax.Array, jax.Array], jax.Array],
+    go_on: Callable[[int, jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """`out` after `add(tile, start, out)` for every tile of a group of `(first, size)` rows.
+    """`out` after all tiles of a group of `(first, size)` rows, in as few products as can be.
 
-    The last one may reach behind the group, by less than what `_padded` adds.
+    `begin(tile, start, out)` is called once, with the smallest tile that has room for what largest
+    ones leave over, and may reach behind the group; `go_on` then for each of the largest. Neither
+    is called for a group of no rows.
     """
-    start, left = group
-    for tile in _tiles(num_rows):
-        unneeded = tile - 1 if tile == _TILES[-1] else tile // 4
-        count = (left + unneeded) // tile
-        begin = start
+    (first, size), largest = group, tiles[-1]
+    num_largest = jnp.maximum(size - 1, 0) // largest
+    left, start = size - num_largest * largest, first + num_largest * largest
+    for fewer, tile in itertools.pairwise((0, *tiles)):
+        # A loop of one step or none: a conditional would copy `out`. The step's number is among
+        # what it computes, or XLA would compute that ahead of all loops.
+        def step(number: jax.Array, out: jax.Array, tile: int = tile) -> jax.Array:
+            return begin(tile, start + number * tile, out)
 
-        def step(number: jax.Array, out: jax.Array, tile: int = tile, begin: Any = begin) -> Any:
-            return add(tile, begin + number * tile, out)
-
-        out = lax.fori_loop(0, count, step, out)
-        start, left = start + count * tile, jnp.maximum(left - count * tile, 0)
-    return out
-
-
-def _padded(rows: jax.Array) -> jax.Array:
-    """With room for what the last tile reads too much."""
-    return jnp.pad(rows, ((0, max(_tiles(rows.shape[0])[0] // 4, _TILES[-1])), (0, 0)))
+        is_this = (fewer < left) & (left <= tile)
+        out = lax.fori_loop(0, is_this.astype(jnp.int32), step, out)
+    return lax.fori_loop(
+        0, num_largest, lambda number, out: go_on(largest, first + number * largest, out), out
+    )
 
 
 def _tiles_multiply(
@@ -184,50 +182,61 @@ def _tiles_multiply(
 ) -> jax.Array:
     """Group after group, tile after tile.
 
-    The last tile of a group reaches into the next group's rows, which that group then writes.
+    What a tile writes behind its group is the next group's, which comes later, or nobody's.
     """
     num_rows = rows_MD.shape[0]
-    padded = _padded(rows_MD)
+    tiles = _tiles(num_rows)
     dims = (((1,), (1 if transpose else 0,)), ((), ()))
 
     def add_group(out: jax.Array, group: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         weights, first, size = group
 
         def add_tile(tile: int, start: jax.Array, out: jax.Array) -> jax.Array:
-            rows = lax.dynamic_slice_in_dim(padded, start, tile)
+            # Near the end a tile reaches back instead, where rows are done already.
+            at = jnp.minimum(start, num_rows - tile)
+            is_done = (at + jnp.arange(tile) < start)[:, None]
+            rows, done = (lax.dynamic_slice_in_dim(x, at, tile) for x in (rows_MD, out))
             product = lax.dot_general(rows, weights, dims, preferred_element_type=_wide(rows.dtype))
-            return lax.dynamic_update_slice_in_dim(out, product.astype(out.dtype), start, axis=0)
+            tile_out = jnp.where(is_done, done, product.astype(out.dtype))
+            return lax.dynamic_update_slice_in_dim(out, tile_out, at, axis=0)
 
-        return _over_tiles(num_rows, (first, size), add_tile, out), None
+        return _over_tiles(tiles, (first, size), out, add_tile, add_tile), None
 
-    width = weights_EDF.shape[1 if transpose else 2]
-    out = jnp.zeros((padded.shape[0], width), rows_MD.dtype)
-    out, _ = lax.scan(add_group, out, (weights_EDF, jnp.cumsum(sizes_E) - sizes_E, sizes_E))
-    return out[:num_rows]
+    out = jnp.zeros((num_rows, weights_EDF.shape[1 if transpose else 2]), rows_MD.dtype)
+    return lax.scan(add_group, out, (weights_EDF, jnp.cumsum(sizes_E) - sizes_E, sizes_E))[0]
 
 
 def _tiles_weigh(rows_MD: jax.Array, gradient_MF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Every group's sum over rows of row times gradient, tile after tile."""
-    num_rows = rows_MD.shape[0]
-    rows, gradients = _padded(rows_MD), _padded(gradient_MF)
-    wide = _wide(rows_MD.dtype)
+    num_rows, num_groups = rows_MD.shape[0], sizes_E.shape[0]
+    tiles, wide = _tiles(num_rows), _wide(rows_MD.dtype)
     contracted = (((0,), (0,)), ((), ()))
 
-    def of_group(_: None, group: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-        first, size = group
+    def add_group(out_EDF: jax.Array, group: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        number, first, size = group
 
-        def add_tile(tile: int, start: jax.Array, sum_DF: jax.Array) -> jax.Array:
-            is_mine = (start + jnp.arange(tile) < first + size)[:, None]
+        def of_tile(tile: int, start: jax.Array) -> jax.Array:
+            at = jnp.minimum(start, num_rows - tile)
+            places = at + jnp.arange(tile)
+            is_mine = ((start <= places) & (places < first + size))[:, None]
             # Both: a product of 0 with another group's NaN would be NaN.
-            row = jnp.where(is_mine, lax.dynamic_slice_in_dim(rows, start, tile), 0)
-            gradient = jnp.where(is_mine, lax.dynamic_slice_in_dim(gradients, start, tile), 0)
-            return sum_DF + lax.dot_general(row, gradient, contracted, preferred_element_type=wide)
+            row = jnp.where(is_mine, lax.dynamic_slice_in_dim(rows_MD, at, tile), 0)
+            gradient = jnp.where(is_mine, lax.dynamic_slice_in_dim(gradient_MF, at, tile), 0)
+            return lax.dot_general(row, gradient, contracted, preferred_element_type=wide)
 
-        zeros_DF = jnp.zeros((rows.shape[1], gradients.shape[1]), wide)
-        sum_DF = _over_tiles(num_rows, group, add_tile, zeros_DF)
-        return None, sum_DF.astype(rows_MD.dtype)
+        def begin(tile: int, start: jax.Array, out_EDF: jax.Array) -> jax.Array:
+            return lax.dynamic_update_index_in_dim(out_EDF, of_tile(tile, start), number, axis=0)
 
-    return lax.scan(of_group, None, (jnp.cumsum(sizes_E) - sizes_E, sizes_E))[1]
+        def go_on(tile: int, start: jax.Array, out_EDF: jax.Array) -> jax.Array:
+            sum_DF = lax.dynamic_index_in_dim(out_EDF, number, keepdims=False)
+            sum_DF += of_tile(tile, start)
+            return lax.dynamic_update_index_in_dim(out_EDF, sum_DF, number, axis=0)
+
+        return _over_tiles(tiles, (first, size), out_EDF, begin, go_on), None
+
+    out_EDF = jnp.zeros((num_groups, rows_MD.shape[1], gradient_MF.shape[1]), wide)
+    groups = (jnp.arange(num_groups), jnp.cumsum(sizes_E) - sizes_E, sizes_E)
+    return lax.scan(add_group, out_EDF, groups)[0].astype(rows_MD.dtype)
 
 
 def _three(
