@@ -46,7 +46,7 @@ def declare(module: nn.Module, config: ModelConfig, path: str) -> jax.Array:
 def weights(module: nn.Module, config: ModelConfig, path: str, dtype: DTypeLike) -> jax.Array:
     """The parameter that `declare` gives, rounded to the dtype of arithmetic."""
     parameter = declare(module, config, path)
-    if jnp.dtype(dtype) == jnp.bfloat16:
+    if jnp.dtype(dtype) == jnp.bfloat16 and parameter.dtype != jnp.bfloat16:
         # The conversion then changes no value, and stays where it is: XLA for TPUs (jax 0.10) moves
         # one that does ahead of the scan over layers, and keeps a rounded copy of all of them.
         parameter = jax.lax.reduce_precision(parameter, exponent_bits=8, mantissa_bits=7)

@@ -11,13 +11,13 @@ the run with an error. It takes 18 minutes on two busy cores. Stopped, it goes o
 which is to be deleted where the code has changed.
 """
 
+import argparse
 import dataclasses
 import functools
 import importlib
 import itertools
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -281,4 +281,6 @@ def finished(result: Path) -> tuple[dict[str, str], int]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("result")
+    main(parser.parse_args().result)

@@ -184,6 +184,19 @@ def test_rounded_weights_are_what_a_plain_conversion_gives(tiny):
     np.testing.assert_array_equal(pull(found)[0], found.astype(jnp.float32))
 
 
+def test_weights_that_are_narrow_already_are_read_as_they_lie(tiny):
+    """Anything done to them would be a copy, and a kernel's operand must be written out."""
+
+    class Holder(nn.Module):
+        @nn.compact
+        def __call__(self):
+            return weights(self, tiny, "lm_head/kernel", jnp.bfloat16)
+
+    kernel = jnp.ones((tiny.embed_dim, tiny.vocab_size), jnp.bfloat16)
+    program = jax.make_jaxpr(Holder().apply)({"params": {"kernel": kernel}})
+    assert not program.eqns
+
+
 def test_on_a_tpu_one_layer_is_rounded_at_a_time():
     """No copy of all layers' weights stands beside them."""
     pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")

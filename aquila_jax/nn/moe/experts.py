@@ -1,6 +1,7 @@
 """The experts themselves, on rows sorted by expert, in fixed slots, or on every token."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,8 @@ from aquila_jax.sharding import Layout
 # no more units than the residual has channels, since every part goes over all outputs once more.
 _PART_BYTES, _MOST_PART_BYTES = 2**28, 2**30
 _LANES = 128
+# Rows of a tile of matrix products on a TPU.
+_ROW_TILE = 512
 
 
 class Weights(NamedTuple):
@@ -47,16 +50,24 @@ class Shards(NamedTuple):
         gate, up = (_leading(x_EDF, number, 2) for x_EDF in (self.gate_EDF, self.up_EDF))
         return Shards(gate, up, _leading(self.down_EFD, number, 1), self.embed_axes)
 
+    @property
+    def transposes_down(self) -> bool:
+        """Whether `whole` has the down matrices as EDF.
+
+        What is gathered by its columns comes as rows, and is read as it lies: kernels would have
+        the other written out first.
+        """
+        return bool(self.embed_axes)
+
     def whole(self) -> "Whole":
         """Gathered, where they are split.
 
         Gradients are summed over devices in the dtype of the weights.
         """
         if not self.embed_axes:
-            return Whole(self.gate_EDF, self.up_EDF, self.down_EFD, is_transposed=False)
+            return Whole(self.gate_EDF, self.up_EDF, self.down_EFD)
         arrays = (self.gate_EDF, self.up_EDF, self.down_EFD.swapaxes(1, 2))
-        gathered = (_gather_rows(x_EDF, self.embed_axes) for x_EDF in arrays)
-        return Whole(*gathered, is_transposed=True)
+        return Whole(*(_gather_rows(x_EDF, self.embed_axes) for x_EDF in arrays))
 
 
 class Whole(NamedTuple):
@@ -65,15 +76,12 @@ class Whole(NamedTuple):
     Attributes:
         gate_EDF: as it is.
         up_EDF: as it is.
-        down: EFD; or EDF where it was gathered by its columns, which came as rows. Either is read
-            as it lies: kernels would have the other written out first.
-        is_transposed: which of the two.
+        down: EFD; or, where it was gathered by its columns, EDF.
     """
 
     gate_EDF: jax.Array
     up_EDF: jax.Array
     down: jax.Array
-    is_transposed: bool
 
 
 def _gather_rows(x_EDF: jax.Array, mesh_axes: tuple[str, ...]) -> jax.Array:
@@ -102,26 +110,31 @@ def on_sorted_rows(
 ) -> Float[Array, "M D"]:
     """Outputs of rows that are sorted by expert, `sizes_E` of each; those behind are undefined.
 
+    With gates, hidden units are computed in parts, one after the other, and again for the backward
+    pass, so that a part's units stand in memory and no more. Without, whose gradients ask for whole
+    outputs, that is done only where no backward pass follows: the rows are then in parts.
+
     Args:
         rows_MD: rows.
         weights: the experts' matrices.
         sizes_E: rows of every expert.
         gates_M: by what outputs are multiplied, if by anything.
-        parts: into how many parts hidden units are cut, which are computed one after the other,
-            and again for the backward pass, so that a part's units stand in memory and no more.
-            None for as many as `_PART_BYTES` asks for; 1 without gates, whose gradients would
-            ask for whole outputs.
+        parts: how many; None for as many as `_PART_BYTES` asks for.
     """
+    through = functools.partial(_through_hidden, weights.transposes_down)
+    if parts is None:
+        divide = _row_parts if gates_M is None else _parts
+        parts = divide(rows_MD, weights.gate_EDF.shape[2])
+    if parts == 1:
+        return through(rows_MD, weights.whole(), sizes_E, gates_M)
+    if gates_M is None:
+        return _unweighted(parts, weights.transposes_down, rows_MD, weights.whole(), sizes_E)
 
     def add(out_MD: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         gate, up, down = part
-        shards = Shards(gate, up, down, weights.embed_axes)
-        return out_MD + _through_hidden(rows_MD, shards, sizes_E, gates_M), None
+        whole = Shards(gate, up, down, weights.embed_axes).whole()
+        return out_MD + through(rows_MD, whole, sizes_E, gates_M), None
 
-    if parts is None:
-        parts = 1 if gates_M is None else _parts(rows_MD, weights.gate_EDF.shape[2])
-    if parts == 1:
-        return _through_hidden(rows_MD, weights, sizes_E, gates_M)
     cut = tuple(weights.parts(parts))[:3]
     return lax.scan(jax.checkpoint(add, prevent_cse=False), jnp.zeros_like(rows_MD), cut)[0]
 
@@ -139,20 +152,65 @@ def _parts(rows_MD: jax.Array, hidden_dim: int) -> int:
     return number
 
 
-def _through_hidden(
-    rows_MD: jax.Array, weights: Shards, sizes_E: jax.Array, gates_M: jax.Array | None
-) -> jax.Array:
-    gate_EDF, up_EDF, down, is_transposed = weights.whole()
+def _row_parts(rows_MD: jax.Array, hidden_dim: int) -> int:
+    """The same of rows."""
+    num_rows, number = rows_MD.shape[0], 1
+    size = num_rows * hidden_dim * rows_MD.dtype.itemsize
+    while size > number * _PART_BYTES and num_rows % (2 * number * _ROW_TILE) == 0:
+        number *= 2
+    return number
 
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _unweighted(
+    parts: int, transposes_down: bool, rows_MD: jax.Array, whole: Whole, sizes_E: jax.Array
+) -> jax.Array:
+    num_rows, embed_dim = rows_MD.shape
+    per_part, ends_E = num_rows // parts, jnp.cumsum(sizes_E)
+
+    def of_part(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        first, some_MD = part
+        here_E = jnp.diff(jnp.clip(ends_E - first, 0, per_part), prepend=0)
+        return _through_hidden(transposes_down, some_MD, whole, here_E)
+
+    cut = jnp.arange(parts) * per_part, rows_MD.reshape(parts, per_part, embed_dim)
+    return lax.map(of_part, cut).reshape(rows_MD.shape)
+
+
+def _unweighted_forward(
+    parts: int, transposes_down: bool, rows_MD: jax.Array, whole: Whole, sizes_E: jax.Array
+) -> tuple[jax.Array, Any]:
+    def at_once(rows_MD: jax.Array, whole: Whole) -> jax.Array:
+        return _through_hidden(transposes_down, rows_MD, whole, sizes_E)
+
+    return jax.vjp(at_once, rows_MD, whole)
+
+
+def _unweighted_backward(
+    parts: int, transposes_down: bool, pull: Any, gradient_MD: jax.Array
+) -> tuple[jax.Array, Whole, None]:
+    return (*pull(gradient_MD), None)
+
+
+_unweighted.defvjp(_unweighted_forward, _unweighted_backward)
+
+
+def _through_hidden(
+    transposes_down: bool,
+    rows_MD: jax.Array,
+    weights: Whole,
+    sizes_E: jax.Array,
+    gates_M: jax.Array | None = None,
+) -> jax.Array:
     # Activated units are computed again for the backward pass: cheap, and as large as what is kept.
     @jax.checkpoint
     def read_out(gate_MF: jax.Array, up_MF: jax.Array, down: jax.Array) -> jax.Array:
         hidden_MF = _weighted(nn.silu(gate_MF) * up_MF, gates_M)
-        return grouped_matmul(hidden_MF, down, sizes_E, transpose=is_transposed)
+        return grouped_matmul(hidden_MF, down, sizes_E, transpose=transposes_down)
 
-    gate_MF = grouped_matmul(rows_MD, gate_EDF, sizes_E)
-    up_MF = grouped_matmul(rows_MD, up_EDF, sizes_E)
-    return read_out(gate_MF, up_MF, down)
+    gate_MF = grouped_matmul(rows_MD, weights.gate_EDF, sizes_E)
+    up_MF = grouped_matmul(rows_MD, weights.up_EDF, sizes_E)
+    return read_out(gate_MF, up_MF, weights.down)
 
 
 def _weighted(hidden: jax.Array, gates: jax.Array | None) -> jax.Array:
@@ -166,21 +224,21 @@ def on_slots(
 
     Weighted by `gates_M` where they are given.
     """
-    gate_EDF, up_EDF, down, is_transposed = weights.whole()
-    num_experts, embed_dim, _ = gate_EDF.shape
+    whole = weights.whole()
+    num_experts, embed_dim, _ = whole.gate_EDF.shape
     rows_ECD = rows_MD.reshape(num_experts, -1, embed_dim)
     gates_EC = None if gates_M is None else gates_M.reshape(num_experts, -1)
 
     @jax.checkpoint
     def read_out(gate_ECF: jax.Array, up_ECF: jax.Array, down: jax.Array) -> jax.Array:
         hidden_ECF = _weighted(nn.silu(gate_ECF) * up_ECF, gates_EC)
-        if is_transposed:
+        if weights.transposes_down:
             return jnp.einsum("ECF,EDF->ECD", hidden_ECF, down)
         return jnp.einsum("ECF,EFD->ECD", hidden_ECF, down)
 
-    gate_ECF = jnp.einsum("ECD,EDF->ECF", rows_ECD, gate_EDF)
-    up_ECF = jnp.einsum("ECD,EDF->ECF", rows_ECD, up_EDF)
-    return read_out(gate_ECF, up_ECF, down).reshape(rows_MD.shape)
+    gate_ECF = jnp.einsum("ECD,EDF->ECF", rows_ECD, whole.gate_EDF)
+    up_ECF = jnp.einsum("ECD,EDF->ECF", rows_ECD, whole.up_EDF)
+    return read_out(gate_ECF, up_ECF, whole.down).reshape(rows_MD.shape)
 
 
 def on_all_tokens(

@@ -68,9 +68,10 @@ def test_sorted_rows_weighted(parts):
     check(compute, draw(), SIZES)
 
 
-def test_sorted_rows_unweighted():
+@pytest.mark.parametrize("parts", [None, 1, 2, 4])
+def test_sorted_rows_unweighted(parts):
     def compute(rows, gate, up, down):
-        return on_sorted_rows(rows, Shards(gate, up, down), jnp.asarray(SIZES))
+        return on_sorted_rows(rows, Shards(gate, up, down), jnp.asarray(SIZES), parts=parts)
 
     values = draw()
     del values["gates"]
@@ -84,21 +85,25 @@ def test_slots():
     check(compute, draw(), np.array([4, 4, 4]))
 
 
+@pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_shards_of_a_mesh_are_gathered_and_gradients_shared_out(parts):
+def test_shards_of_a_mesh_are_gathered_and_gradients_shared_out(parts, weighted):
     layout = Layout(MeshShape(data=1, fsdp=4, model=2).build())
     matrix = (EXPERTS, EMBED, None)
     specs = ((None, None), matrix, matrix, (EXPERTS, None, EMBED), (None,))
 
-    def on_shard(rows_MD, gate, up, down, gates_M):
+    def on_shard(rows_MD, gate, up, down, gates_M=None):
         shards = Shards(gate, up, down, layout.mesh_axes(EMBED))
         return on_sorted_rows(rows_MD, shards, jnp.asarray(SIZES), gates_M, parts)
 
-    def compute(rows, gate, up, down, gates):
-        on_mesh = layout.shard_map(on_shard, specs, (None, None))
-        return on_mesh(rows, gate, up, down, gates)
+    def compute(rows, gate, up, down, *, gates=None):
+        given = (rows, gate, up, down) if gates is None else (rows, gate, up, down, gates)
+        return layout.shard_map(on_shard, specs[: len(given)], (None, None))(*given)
 
-    check(compute, draw(), SIZES)
+    values = draw()
+    if not weighted:
+        del values["gates"]
+    check(compute, values, SIZES)
 
 
 def test_a_tpu_reads_whole_matrices_as_they_lie():
@@ -141,6 +146,23 @@ def test_hidden_units_are_cut_until_they_are_few_enough(monkeypatch):
 
     assert widths(jnp.ones(M)) == {256}
     assert widths(None) == {1024}
+
+
+def test_without_gates_rows_are_in_parts_unless_a_backward_pass_follows(monkeypatch):
+    rows, units, part = 4096, 256, 1024
+    monkeypatch.setattr("aquila_jax.nn.moe.experts._PART_BYTES", 4 * part * units)
+    matrix = jnp.zeros((E, D, units))
+    weights = Shards(matrix, matrix, matrix.swapaxes(1, 2))
+
+    def compute(rows_MD):
+        return on_sorted_rows(rows_MD, weights, jnp.array([7, 1021, 3000]))
+
+    def heights(function):
+        text = str(jax.make_jaxpr(function)(jnp.zeros((rows, D))))
+        return {height for height in (4096, 2048, 1024) if f"f32[{height},{units}]" in text}
+
+    assert heights(compute) == {part}
+    assert heights(lambda rows_MD: jax.vjp(compute, rows_MD)[0]) == {rows}
 
 
 @pytest.mark.parametrize(("most", "width"), [(4 * M * 512, 512), (4 * M * 256, 256)])
