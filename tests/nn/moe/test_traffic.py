@@ -1,6 +1,8 @@
 """Bytes of each exchange, counted by sending tokens one by one."""
 
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,3 +61,18 @@ def test_the_cheapest_moves_least(k, expert_shards, hidden_shards):
         for exchange in ("gather", "all_to_all")
     }
     assert moved[cheapest(k, expert_shards, hidden_shards)] == min(moved.values())
+
+
+def test_the_documented_table_is_what_is_counted_and_chosen():
+    page = Path(__file__).parents[3] / "docs" / "moe.md"
+    rows = re.findall(r"^\| `(\w+)`, k = (\d) \|(.*)\|$", page.read_text("utf-8"), re.MULTILINE)
+    assert len(rows) == 4
+    for exchange, k, cells in rows:
+        for expert_shards, cell in zip((2, 4, 8, 16), cells.split("|"), strict=True):
+            moved = traffic(
+                exchange, tokens=16384, embed_dim=5120, hidden_dim=1, num_experts=16,
+                experts_per_token=int(k), expert_shards=expert_shards,
+            )  # fmt: skip
+            is_chosen = cheapest(int(k), expert_shards, 1) == exchange
+            figure = f"{moved.total / 1e9:.2f}"
+            assert cell.strip() == (f"**{figure}**" if is_chosen else figure)
