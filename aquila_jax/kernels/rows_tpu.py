@@ -97,7 +97,6 @@ class _Tiling(NamedTuple):
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.VMEM((self.rows, LANES), jnp.float32),
             pltpu.VMEM((self.rows, LANES), jnp.int32),
-            pltpu.VMEM((self.rows, LANES), jnp.int32),
             pltpu.VMEM((self.rows, LANES), jnp.float32),
         ]
 
@@ -226,16 +225,15 @@ class _Scratch(NamedTuple):
         buffer: [2, rows / 8, 8, D] words as they come; tiles take turns.
         semaphores: that their DMAs count on.
         numbers: of rows as they come, in the tile's order; the others have a plane's together.
-        shift: by how many bits a word is moved up so that its upper half is the row's.
-        kept: the bits of it that are the row's; none where there is no row.
+        cut: by how many bits a word is moved up so that its upper half is the row's, and nothing of
+            it but a sign where there is no row; of whole words, the bits that are kept, none there.
         gates: weights; in the end of a tile, inner products.
     """
 
     buffer: Any
     semaphores: Any
     numbers: Any
-    shift: Any
-    kept: Any
+    cut: Any
     gates: Any
 
 
@@ -275,9 +273,10 @@ def _lay_out(tiling: _Tiling, inputs: _Inputs, scratch: _Scratch) -> None:
     for plane in range(tiling.planes):
         place = scratch.numbers[tiling.numbers(plane), :]
         if tiling.packing == 2:
-            scratch.shift[tiling.own(plane), :] = jnp.where(place > 0, 0, 16)
-        kept = jnp.where(place < 0, 0, UPPER if tiling.packing == 2 else -1)
-        scratch.kept[tiling.own(plane), :] = kept
+            cut = jnp.where(place < 0, 31, jnp.where(place > 0, 0, 16))
+        else:
+            cut = jnp.where(place < 0, 0, -1)
+        scratch.cut[tiling.own(plane), :] = cut
     if inputs.gates is not None:
         scratch.numbers[...] = _down(inputs.gates[0])
         for plane in range(tiling.planes):
@@ -358,12 +357,11 @@ def _sum(
 def _row(
     tiling: _Tiling, scratch: _Scratch, slot: jax.Array, group: jax.Array, lanes: Any
 ) -> jax.Array:
-    """128 lanes of 8 gathered rows, float32; zero where there is none."""
+    """128 lanes of 8 gathered rows, float32; zero, of either sign, where there is none."""
     words = scratch.buffer[slot, group, :, lanes]
     words = pltpu.bitcast(words, jnp.int32)
-    if tiling.packing == 2:
-        words = words << scratch.shift[_eight(group), :]
-    words &= scratch.kept[_eight(group), :]
+    cut = scratch.cut[_eight(group), :]
+    words = (words << cut) & UPPER if tiling.packing == 2 else words & cut
     return jax.lax.bitcast_convert_type(words, jnp.float32)
 
 

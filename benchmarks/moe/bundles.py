@@ -24,6 +24,7 @@ import schedules
 
 CHIPS = {"v5p": "v5p:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 SETTINGS = [(8, 2), (128, 8)]
+NAMES = ["route", "permute", "unpermute", "unpermute backward"]
 TOKENS, DIM = 16384, 5120
 # Seconds that a compiler has for a program.
 LIMIT = 900
@@ -161,6 +162,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| chip | E | k | program | ours | XLA | XLA / ours | our spills | unbounded, ours / XLA |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    rows = sorted(
+        rows, key=lambda r: (list(CHIPS).index(r["chip"]), r["experts"], NAMES.index(r["name"]))
+    )
     found = {(r["chip"], r["experts"], r["k"], r["name"], r["party"]): r for r in rows}
     totals: dict[tuple, list[int]] = {}
     for *key, party in found:
