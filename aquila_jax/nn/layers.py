@@ -99,14 +99,9 @@ def project(
     return rows.reshape(*x.shape[:2], *features)
 
 
-def gated_units(
-    x_BTD: Float[Array, "B T D"],
-    gate_DF: Float[Array, "D F"],
-    up_DF: Float[Array, "D F"],
-    layout: Layout | None,
-) -> Float[Array, "B T F"]:
-    """The hidden units of SwiGLU (arXiv 2002.05202): silu(gate(x)) * up(x)."""
-    return nn.silu(project(x_BTD, gate_DF, layout)) * project(x_BTD, up_DF, layout)
+def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """Hidden units: silu(gate) * up (arXiv 2002.05202)."""
+    return nn.silu(gate) * up
 
 
 def gated_mlp(
@@ -123,7 +118,7 @@ def gated_mlp(
     # kept. Layers are scanned, where nothing undoes that.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def read_out(gate_BTF: jax.Array, up_BTF: jax.Array, down_FD: jax.Array) -> jax.Array:
-        hidden_BTF = nn.silu(gate_BTF) * up_BTF
+        hidden_BTF = swiglu(gate_BTF, up_BTF)
         if layout is not None:
             hidden_BTF = layout.constrain(hidden_BTF, BATCH, None, units)
         return project(hidden_BTF, down_FD, layout)

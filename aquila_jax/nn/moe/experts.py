@@ -3,7 +3,6 @@
 import functools
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -11,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from aquila_jax.axes import BATCH, EXPERT_MLP
 from aquila_jax.kernels import grouped_matmul
-from aquila_jax.nn.layers import gated_units, project
+from aquila_jax.nn.layers import project, swiglu
 from aquila_jax.sharding import Layout
 
 # Bytes of hidden units that a device may hold at once: more than the first only where they are of
@@ -205,7 +204,7 @@ def _through_hidden(
     # Activated units are computed again for the backward pass: cheap, and as large as what is kept.
     @jax.checkpoint
     def read_out(gate_MF: jax.Array, up_MF: jax.Array, down: jax.Array) -> jax.Array:
-        hidden_MF = _weighted(nn.silu(gate_MF) * up_MF, gates_M)
+        hidden_MF = _weighted(swiglu(gate_MF, up_MF), gates_M)
         return grouped_matmul(hidden_MF, down, sizes_E, transpose=transposes_down)
 
     gate_MF = grouped_matmul(rows_MD, weights.gate_EDF, sizes_E)
@@ -231,7 +230,7 @@ def on_slots(
 
     @jax.checkpoint
     def read_out(gate_ECF: jax.Array, up_ECF: jax.Array, down: jax.Array) -> jax.Array:
-        hidden_ECF = _weighted(nn.silu(gate_ECF) * up_ECF, gates_EC)
+        hidden_ECF = _weighted(swiglu(gate_ECF, up_ECF), gates_EC)
         if weights.transposes_down:
             return jnp.einsum("ECF,EDF->ECD", hidden_ECF, down)
         return jnp.einsum("ECF,EFD->ECD", hidden_ECF, down)
@@ -256,7 +255,8 @@ def on_all_tokens(
     @jax.checkpoint
     def add_expert(sum_BTD: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         gate_DF, up_DF, down_FD, gate_BT = expert
-        hidden_BTF = gated_units(x_BTD, gate_DF, up_DF, layout) * gate_BT[..., None]
+        units_BTF = swiglu(project(x_BTD, gate_DF, layout), project(x_BTD, up_DF, layout))
+        hidden_BTF = units_BTF * gate_BT[..., None]
         if layout is not None:
             hidden_BTF = layout.constrain(hidden_BTF, BATCH, None, EXPERT_MLP)
         return sum_BTD + project(hidden_BTF, down_FD, layout), None
