@@ -10,7 +10,9 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Collectives of several CPU devices wait on XLA's threads: with a thread a device, all may wait.
 os.environ.setdefault("NPROC", "16")
-# Tests compile much and compute little, so the compiler is told to hurry.
+# Tests compile much and compute little, so the compiler is told to hurry, and where programs are
+# kept (`make test` says where), small ones are too: other processes compile the same.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
