@@ -42,13 +42,25 @@ jaxtyping.install_import_hook(
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-# Files of few and long tests, which would leave one of two workers idle if they came last.
-_LONG = ("tests/multihost/", "tests/reliability/")
+# What takes long: of two workers one would be left idle if it came last.
+_LONG = (
+    "tests/multihost/",
+    "tests/reliability/",
+    "tests/training/",
+    "tests/kernels/",
+    "tests/growth/",
+    "tests/test_sharding.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest."""
-    items.sort(key=lambda item: not item.nodeid.startswith(_LONG))
+    """Begin with it, in that order."""
+
+    def place(item: pytest.Item) -> int:
+        prefixes = (item.nodeid.startswith(prefix) for prefix in _LONG)
+        return next((at for at, is_it in enumerate(prefixes) if is_it), len(_LONG))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
