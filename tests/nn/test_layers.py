@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from aquila_jax import RopeScaling, Transformer, preset
+from aquila_jax.config import ModelConfig
 from aquila_jax.kernels.attention import causal_mask
 from aquila_jax.nn.layers import (
     GatedMLP,
@@ -165,18 +166,23 @@ def test_an_mlp_keeps_what_its_products_give_and_no_activated_units(tiny):
     assert [leaf.shape for leaf in kept].count(hidden) == 2
 
 
-def test_rounded_weights_are_what_a_plain_conversion_gives(tiny):
-    class Holder(nn.Module):
-        @nn.compact
-        def __call__(self):
-            return weights(self, tiny, "lm_head/kernel", jnp.bfloat16)
+class Holder(nn.Module):
+    """One matrix, as layers read it in bfloat16."""
 
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self):
+        return weights(self, self.config, "lm_head/kernel", jnp.bfloat16)
+
+
+def test_rounded_weights_are_what_a_plain_conversion_gives(tiny):
     scales = 2.0 ** np.arange(-60, 61, 120 / (tiny.embed_dim - 1))
     kernel = np.random.default_rng(5).normal(size=(tiny.embed_dim, tiny.vocab_size))
     kernel = jnp.asarray(kernel * scales[:, None], jnp.float32)
 
     def rounded(kernel) -> jax.Array:
-        return cast(jax.Array, Holder().apply({"params": {"kernel": kernel}}))
+        return cast(jax.Array, Holder(tiny).apply({"params": {"kernel": kernel}}))
 
     found, pull = jax.vjp(rounded, kernel)
     assert found.dtype == jnp.bfloat16
@@ -186,14 +192,8 @@ def test_rounded_weights_are_what_a_plain_conversion_gives(tiny):
 
 def test_weights_that_are_narrow_already_are_read_as_they_lie(tiny):
     """Anything done to them would be a copy, and a kernel's operand must be written out."""
-
-    class Holder(nn.Module):
-        @nn.compact
-        def __call__(self):
-            return weights(self, tiny, "lm_head/kernel", jnp.bfloat16)
-
     kernel = jnp.ones((tiny.embed_dim, tiny.vocab_size), jnp.bfloat16)
-    program = jax.make_jaxpr(Holder().apply)({"params": {"kernel": kernel}})
+    program = jax.make_jaxpr(Holder(tiny).apply)({"params": {"kernel": kernel}})
     assert not program.eqns
 
 
